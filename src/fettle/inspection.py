@@ -1,0 +1,77 @@
+"""What comes out of an inspection: plain data, NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Verdict(StrEnum):
+    """What is said of a part. `review`: a person should look."""
+
+    OK = "ok"
+    REVIEW = "review"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True)
+class Region:
+    """One connected region above the pixel threshold, in the picture's own pixels.
+
+    Attributes:
+        left, top, width, height: bounding box, px.
+        area_px: number of pixels.
+        length_px: major axis of the ellipse with the region's second moments, px.
+        peak: largest map value inside.
+        area_mm2, length_mm: the same in millimetres, when the scale is known.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    area_px: int
+    length_px: float
+    peak: float
+    area_mm2: float | None = None
+    length_mm: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer for one picture.
+
+    Attributes:
+        path: the picture's path as it was given.
+        score: larger is more anomalous.
+        verdict: ok, review or reject, by the model's calibration.
+        regions: defect regions, largest peak first.
+        anomaly_map: float32 (H, W) at the picture's own size; 0 outside `valid`.
+        valid: bool (H, W), False outside the region of interest or the frame's view.
+        seconds: time by step ("decode", "compute", "regions"), per picture.
+        product: the product, when known.
+        sha256: hash of the picture file's bytes, hexadecimal.
+        notes: what was done on the way that a user should know (how it was decoded, shrunk, ...).
+    """
+
+    path: str
+    score: float
+    verdict: Verdict
+    regions: tuple[Region, ...]
+    anomaly_map: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    seconds: dict[str, float] = field(default_factory=dict)
+    product: str = ""
+    sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A picture that could not be inspected, and why, in one sentence."""
+
+    path: str
+    reason: str
