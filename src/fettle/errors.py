@@ -53,8 +53,8 @@ class MetricError(FettleError):
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The remedy for a wrong name: the nearest right one, then all of them."""
+    """The remedy for a wrong name: the nearest right one, then all of them where they are few."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{hint}Known: {', '.join(names)}."
+    return f"{hint}Known: {', '.join(names)}." if len(names) <= 30 else hint.strip()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import BaseModel
     from torch import Tensor
 
-Json: TypeAlias = "str | int | float | bool | None | list[Json] | dict[str, Json]"
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,18 @@ class Traits:
     leave_one_out: bool
 
 
+class Preset(NamedTuple):
+    """A named setting of a method: its configuration and what belongs to it.
+
+    `backbone` None is the product's default; `frame` and `size` as in `--frame` and `--size`.
+    """
+
+    config: BaseModel
+    backbone: str | None
+    frame: str
+    size: int
+
+
 class FeatureBatch(NamedTuple):
     """Clean features of some good pictures, as `Method.features` gave them.
 
@@ -107,6 +120,10 @@ def no_progress(what: str, done: int, total: int) -> None:
     """The progress of a caller that wants none."""
 
 
+def no_words(sentence: str) -> None:
+    """The listener of a caller that wants no words."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The circumstances of one fit: seed, device and bounds.
@@ -116,12 +133,14 @@ class Run:
         device: "cpu", "cuda", "cuda:1", ...
         memory_mib: bound on what a fit may hold besides the network, MiB.
         progress: called with (what, done, total).
+        say: called with a sentence that the user should see while he waits.
     """
 
     seed: int = 0
     device: str = "cpu"
     memory_mib: int = 256
     progress: Progress = no_progress
+    say: Callable[[str], None] = no_words
 
     def stream_seed(self, name: str) -> int:
         """A 63-bit seed for the purpose `name`, independent of every other purpose's."""
@@ -167,7 +186,19 @@ class Method(Protocol):
     name: ClassVar[str]
     Config: ClassVar[type[Any]]
     traits: ClassVar[Traits]
+    presets: ClassVar[dict[str, Preset]]
     backbone: Backbone
+    config: BaseModel
+    levels: tuple[str, ...]
+
+    def __init__(self, backbone: Backbone, config: Any, levels: Sequence[str]) -> None: ...
+
+    @staticmethod
+    def choose_levels(offered: Sequence[Level], config: Any) -> tuple[str, ...]:
+        """The levels to tap on a backbone that offers these, finest first."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Clean features with nothing learnt in them: what a cache may keep."""
@@ -195,7 +226,8 @@ class LeftOut(NamedTuple):
 
     key: str
     group: str
-    maps: Maps  # of this one picture, B = 1
+    maps: Maps  # of this one view, B = 1
+    valid: Tensor  # (1, 1, H, W) bool
     energies: Tensor  # raw patch energies (n,), valid patches only
 
 

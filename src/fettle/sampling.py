@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @lru_cache(maxsize=64)
 def bilinear_matrix(num_out: int, num_in: int) -> NDArray[np.float64]:
-    """(num_out, num_in): linear interpolation with half-pixel centres (`align_corners=False`), no antialias."""
+    """(num_out, num_in): linear, half-pixel centres (`align_corners=False`), no antialias."""
     position = (np.arange(num_out) + 0.5) * num_in / num_out - 0.5
     position = np.clip(position, 0, num_in - 1)
     lower = np.minimum(np.floor(position).astype(int), num_in - 1)
@@ -30,7 +30,7 @@ def bilinear_matrix(num_out: int, num_in: int) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=64)
 def gaussian_matrix(num: int, sigma: float) -> NDArray[np.float64]:
-    """(num, num): Gaussian blur, radius int(4 sigma + 0.5), borders half-sample symmetric (d c b a | a b c d)."""
+    """(num, num): Gaussian blur of radius int(4 sigma + 0.5); half-sample borders (d c b a | a b c d)."""
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2)) if radius else np.ones(1)
     taps /= taps.sum()
