@@ -1,0 +1,223 @@
+"""The two kinds of backbone: a convolutional pyramid and a vision transformer, both from timm networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from fettle.backbones.timm_import import import_timm
+from fettle.errors import UsageError, WeightsError, nearest_name
+from fettle.protocols import BackboneSpec, Level
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+
+class _Frozen(nn.Module):
+    """Eval mode for ever, no parameter gradients, normalisation inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: BackboneSpec, net: Module, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.built = tuple(levels)
+        self.net = net.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> _Frozen:
+        """Stays in eval mode: batch norm must use its running statistics."""
+        return super().train(False)
+
+    def normalise(self, pictures: Tensor, levels: Sequence[str]) -> Tensor:
+        """Check what is asked, then map RGB in 0..1 to what the network was trained on."""
+        for name in levels:
+            if name not in self.built:
+                raise UsageError(
+                    f"Backbone '{self.spec.id}' was built without level '{name}'.",
+                    f"It gives {', '.join(self.built)}.",
+                )
+        height, width = pictures.shape[-2:]
+        step = self.spec.side_step
+        if height % step or width % step:
+            raise UsageError(
+                f"Backbone '{self.spec.id}' cannot take {height} x {width} px.",
+                f"Use sides that are multiples of {step}.",
+            )
+        return (pictures - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.id}, levels={self.built}"
+
+
+class ConvPyramid(_Frozen):
+    """A convolutional network whose levels are named by stride: "stride4", "stride8", ..."""
+
+    def forward(self, pictures: Tensor, levels: Sequence[str]) -> dict[str, Tensor]:
+        """(B, 3, H, W) in 0..1 -> level: (B, C, H/stride, W/stride)."""
+        outputs = self.net(self.normalise(pictures, levels))
+        by_name = dict(zip(self.built, outputs, strict=True))
+        return {name: by_name[name] for name in levels}
+
+
+class VisionTransformer(_Frozen):
+    """A plain ViT whose levels are the residual stream after each block ("block1", ...) and "final", the
+    last block after the final norm. Positions are resampled by timm (bicubic with antialiasing)."""
+
+    def forward(self, pictures: Tensor, levels: Sequence[str]) -> dict[str, Tensor]:
+        """(B, 3, H, W) in 0..1 -> level: (B, C, H/patch, W/patch), patch tokens only."""
+        features, _ = self._walk(pictures, levels, ())
+        return features
+
+    def tokens(self, pictures: Tensor, level: str) -> Tensor:
+        """All tokens of one level, class token first: (B, T, C)."""
+        grid: dict[str, Tensor] = {}
+        self._walk(pictures, (level,), (), tokens=grid)
+        return grid[level]
+
+    def attention(self, pictures: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Attention of blocks counted from 1: (B, heads, T, T) each, rows sum to 1."""
+        _, maps = self._walk(pictures, (), tuple(blocks))
+        return [maps[block] for block in blocks]
+
+    def _walk(
+        self,
+        pictures: Tensor,
+        levels: Sequence[str],
+        attention_of: Sequence[int],
+        tokens: dict[str, Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """One pass through the blocks, no further than what is asked for."""
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+        net = cast(TimmViT, self.net)
+        x = net.patch_embed(self.normalise(pictures, levels))
+        x = net.norm_pre(net.patch_drop(net._pos_embed(x)))  # (B, T, C)
+        step = self.spec.side_step
+        grid = (pictures.shape[-2] // step, pictures.shape[-1] // step)
+        last = max([_block_number(name, len(net.blocks)) for name in levels] + list(attention_of))
+        if last > len(net.blocks):
+            raise UsageError(
+                f"Backbone '{self.spec.id}' was built with {len(net.blocks)} blocks, not {last}."
+            )
+        found: dict[str, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        for number, block in enumerate(list(net.blocks)[:last], start=1):
+            if number in attention_of:
+                maps[number] = _attention_weights(block, x)
+            x = block(x)
+            if f"block{number}" in levels:
+                found[f"block{number}"] = x
+        if "final" in levels:
+            found["final"] = net.norm(x)
+        if tokens is not None:
+            tokens.update(found)
+        prefix = net.num_prefix_tokens
+        return {name: _to_grid(found[name][:, prefix:], grid) for name in levels}, maps
+
+
+def _to_grid(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h w, C) -> (B, C, h, w)."""
+    batch, _, channels = patch_tokens.shape
+    return patch_tokens.transpose(1, 2).reshape(batch, channels, *grid)
+
+
+def _block_number(level: str, depth: int) -> int:
+    return depth if level == "final" else int(level.removeprefix("block"))
+
+
+def _attention_weights(block: Module, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of one timm block, computed openly because fused attention hides it."""
+    attention = cast("Module", block.attn)
+    batch, num_tokens, _ = x.shape
+    heads = cast(int, attention.num_heads)
+    qkv = cast("nn.Linear", attention.qkv)(cast("Module", block.norm1)(x))
+    qkv = qkv.reshape(batch, num_tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
+    query = cast("Module", attention.q_norm)(qkv[0])
+    key = cast("Module", attention.k_norm)(qkv[1])
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    return cast(Tensor, scores.softmax(dim=-1))
+
+
+def conv_levels(timm_name: str) -> tuple[Level, ...]:
+    """Every level that timm's network of this name offers, finest first."""
+    with torch.device("meta"):
+        net = import_timm().create_model(timm_name, pretrained=False, features_only=True)
+    info = net.feature_info
+    pairs = zip(info.channels(), info.reduction(), strict=True)
+    return tuple(Level(f"stride{stride}", channels, stride) for channels, stride in pairs)
+
+
+def build_conv(timm_name: str, levels: Sequence[str], offered: Sequence[Level]) -> Module:
+    """timm's pyramid of this name, cut after the deepest level asked for."""
+    names = [level.name for level in offered]
+    indices = tuple(names.index(name) for name in levels)
+    if list(indices) != sorted(indices):
+        raise UsageError(f"Levels must be named from fine to coarse, not {', '.join(levels)}.")
+    net = import_timm().create_model(timm_name, pretrained=False, features_only=True, out_indices=indices)
+    stages = getattr(net, "_stage_out_idx", None)
+    if stages is not None:  # EfficientNets run every stage unless they are cut
+        net.blocks = net.blocks[: max(stages)]
+    return cast("Module", net)
+
+
+def vit_levels(timm_name: str) -> tuple[tuple[Level, ...], int]:
+    """Levels of a timm ViT, and its patch side."""
+    with torch.device("meta"):
+        net = import_timm().create_model(timm_name, pretrained=False, num_classes=0)
+    patch = int(net.patch_embed.patch_size[0])
+    names = [f"block{number}" for number in range(1, len(net.blocks) + 1)] + ["final"]
+    return tuple(Level(name, int(net.embed_dim), patch) for name in names), patch
+
+
+def build_vit(timm_name: str, levels: Sequence[str], offered: Sequence[Level]) -> Module:
+    """timm's ViT of this name, cut after the last block asked for."""
+    net = import_timm().create_model(timm_name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    depth = max(_block_number(name, len(net.blocks)) for name in levels)
+    net.blocks = net.blocks[:depth]
+    if "final" not in levels:
+        net.norm = nn.Identity()
+    return cast("Module", net)
+
+
+def is_vit(timm_name: str) -> bool:
+    """True for timm's plain vision transformers. An unknown name is refused with the nearest one."""
+    timm = import_timm()
+    if not timm.is_model(timm_name):
+        raise UsageError(
+            f"There is no backbone '{timm_name}'.",
+            nearest_name(timm_name, timm.list_models(f"{timm_name[:3]}*")),
+        )
+    return timm_name.startswith(("vit_", "deit"))
+
+
+def load_state(net: Module, state: dict[str, Tensor], known_keys: set[str], where: str) -> None:
+    """Load `state` into a network that may be cut.
+
+    Everything the network has must be in the state, but for the batch counters of batch norm, which are
+    never used. Everything in the state must belong to the whole network (`known_keys`).
+
+    Raises:
+        WeightsError: keys are missing, unknown, or of another shape.
+    """
+    own = net.state_dict()
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}
+    missing = sorted(needed - set(state))
+    unknown = sorted(set(state) - known_keys - set(own))
+    if missing or unknown:
+        trouble = f"lack {missing[0]}" if missing else f"hold {unknown[0]}, which the network does not have"
+        raise WeightsError(
+            f"The weights {where} do not fit: they {trouble}.", "Name the backbone they belong to."
+        )
+    for key in needed:
+        if own[key].shape != state[key].shape:
+            raise WeightsError(
+                f"The weights {where} do not fit: {key} has shape {tuple(state[key].shape)}.",
+                "Name the backbone they belong to.",
+            )
+    net.load_state_dict({key: state[key].float() for key in needed}, strict=False)
