@@ -229,7 +229,7 @@ def _rgb(
     clear = image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or image.info.get("transparency") is not None
     grey = None if clear else _grey(path, opened)
     if grey is not None:
-        return cast(Pixels, np.repeat(grey[0][:, :, None], 3, axis=2)), grey[1]
+        return cast(Pixels, np.dstack([grey[0]] * 3)), grey[1]
     notes: tuple[str, ...] = ()
     if opened.bits == 16:
         notes = ("16-bit colour, read as 8-bit",)
