@@ -105,7 +105,7 @@ class FeatureBatch(NamedTuple):
 
 
 class FeatureStream(Protocol):
-    """Good pictures' features, in the order of their keys. May be walked several times."""
+    """Good pictures' features, group by group in the order of their keys. May be walked several times."""
 
     @property
     def num_pictures(self) -> int: ...

@@ -1,0 +1,51 @@
+"""fettle calibrate: set a model's thresholds anew on fresh good pictures."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fettle.cli.console import Screen, print_json
+from fettle.cli.options import AsJson, Model, Out
+
+
+def calibrate(
+    model: Model,
+    good: Annotated[Path, typer.Argument(help="Good pictures that the model has not learnt from.")],
+    out: Out,
+    target_frr: Annotated[
+        float | None, typer.Option(help="Share of good parts that may be rejected; default: as before.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set the thresholds anew from fresh good pictures; what the model learnt stays."""
+    from fettle.detector import Detector
+
+    start = time.perf_counter()
+    with Screen() as screen:
+        detector = Detector.load(model).recalibrated(
+            good, target_frr=target_frr, strict=strict, progress=screen.progress
+        )
+        detector.save(out)
+        for warning in detector.warnings():
+            screen.say(f"Note: {warning}")
+    calibration = detector.calibration
+    if as_json:
+        print_json(
+            {
+                "model": str(out),
+                "method": detector.method.name,
+                "num_calibration": calibration.num_scores,
+                "frr_promised": calibration.frr_promised,
+                "promise_on": calibration.promise_on,
+                "needed": calibration.needed,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        return
+    for sentence in calibration.sentences():
+        print(sentence)

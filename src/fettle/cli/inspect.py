@@ -1,0 +1,57 @@
+"""fettle inspect: verdict, map and regions for pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fettle.cli.console import Screen, print_facts, print_json
+from fettle.cli.options import AsJson, Model, Out
+from fettle.cli.runs import open_run
+from fettle.protocols import Json
+
+
+def inspect(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or manifests.")],
+    out: Out,
+    product: Annotated[str, typer.Option(help="The product's name, kept in each row.")] = "",
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write full-size overlays.")] = False,
+    mm_per_pixel: Annotated[float | None, typer.Option(help="Scale, for areas and lengths in mm.")] = None,
+    min_area: Annotated[int, typer.Option(help="Smaller regions are left out, px.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Inspect pictures: rows as JSONL, CSV and Parquet, and pictures for the report."""
+    from fettle.calibration.regions import RegionRules
+    from fettle.datasets.picture_list import list_pictures
+    from fettle.detector import Detector, Inspected
+
+    pictures = list_pictures(paths)
+    detector = Detector.load(model)
+    rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
+    with Screen() as screen, open_run(detector, out, overlays=overlays) as run:
+        answers = detector.inspect_items(pictures, lambda path: path, product=product, rules=rules)
+        for done, answer in enumerate(answers, 1):
+            screen.progress("inspecting", done, len(pictures))
+            if isinstance(answer, Inspected):
+                run.add(answer.inspection, answer.picture.pixels)
+            else:
+                run.refuse(answer[1])
+                screen.say(f"Refused: {answer[1].reason}")
+        summary = run.finish()
+    counts: dict[str, Json] = {
+        "pictures": summary.pictures,
+        "ok": summary.ok,
+        "review": summary.review,
+        "reject": summary.reject,
+        "refused": summary.refused,
+        "out": str(out),
+    }
+    if as_json:
+        print_json(counts)
+    else:
+        print_facts(counts)
+    if summary.refused:
+        raise typer.Exit(3)

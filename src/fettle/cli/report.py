@@ -1,0 +1,19 @@
+"""fettle report: the HTML page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    out: Annotated[
+        Path, typer.Argument(help="A run folder, made by 'fettle inspect' or 'fettle evaluate -o'.")
+    ],
+) -> None:
+    """Write the HTML report of a run folder and print its path."""
+    from fettle.report.page import write_report
+
+    print(write_report(out))

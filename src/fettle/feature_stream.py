@@ -1,0 +1,127 @@
+"""Good pictures as a stream of a method's clean features, decoded ahead and kept in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fettle.images.framing import Frame
+from fettle.images.loading import Loaded, load_framed
+from fettle.inspection import Refusal
+from fettle.protocols import FeatureBatch, Method, Progress
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class GoodPicture:
+    """A good picture's file, the hash of its bytes, and the group it belongs to (itself without groups)."""
+
+    path: Path
+    key: str
+    group: str
+
+
+class GoodFeatures:
+    """The features of good pictures, group by group, ordered by content and never by listing.
+
+    The first walk keeps what fits into `cache_mib`; later walks compute only the rest anew. Pictures that
+    cannot be read are left out and listed in `refusals`.
+
+    Args:
+        batch_size: views (pictures, or tiles of them) that go through the network at once.
+        cache_mib: bound on the features that are kept, MiB.
+        progress: called with (`what`, pictures done, pictures in all).
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        pictures: Sequence[GoodPicture],
+        frame: Frame,
+        *,
+        device: str,
+        progress: Progress,
+        what: str,
+        batch_size: int = 8,
+        cache_mib: int = 256,
+    ) -> None:
+        self._method = method
+        first_key: dict[str, str] = {}
+        for picture in sorted(pictures, key=lambda picture: picture.key):
+            first_key.setdefault(picture.group, picture.key)
+        self._pictures = sorted(pictures, key=lambda picture: (first_key[picture.group], picture.key))
+        self._frame = frame
+        self._device = device
+        self._batch_size = batch_size
+        self._room = cache_mib * _MIB
+        self._cached: list[FeatureBatch] = []
+        self._num_cached = 0  # pictures
+        self._refused: dict[str, Refusal] = {}
+        self.progress = progress
+        self.what = what
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self._pictures)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        return list(self._refused.values())
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        done = 0
+        for batch in self._cached:
+            done += len(set(batch.keys))
+            self.progress(self.what, done, self.num_pictures)
+            yield batch
+        caching = self._num_cached == done and self._room > 0
+        for batch in self._computed(self._pictures[self._num_cached :]):
+            done += len(set(batch.keys))
+            self.progress(self.what, done, self.num_pictures)
+            if caching:
+                caching = self._keep(batch, done)
+            yield batch
+
+    def _keep(self, batch: FeatureBatch, done: int) -> bool:
+        """Keep a batch if it fits. What is kept is always an unbroken beginning of the stream."""
+        size = sum(t.numel() * t.element_size() for t in batch.features.values()) + batch.valid.numel()
+        if size > self._room:
+            self._room = 0
+            return False
+        self._room -= size
+        self._cached.append(batch)
+        self._num_cached = done + len(self._refused)
+        return True
+
+    def _computed(self, pictures: Sequence[GoodPicture]) -> Iterator[FeatureBatch]:
+        pending: list[Loaded[GoodPicture]] = []
+        for loaded in load_framed(pictures, lambda picture: picture.path, self._frame):
+            if not isinstance(loaded, Loaded):
+                self._refused[loaded[0].key] = loaded[1]
+                continue
+            pending.append(loaded)
+            if sum(len(item.placed.views) for item in pending) >= self._batch_size:
+                yield self._features(pending)
+                pending = []
+        if pending:
+            yield self._features(pending)
+
+    @torch.inference_mode()
+    def _features(self, pending: Sequence[Loaded[GoodPicture]]) -> FeatureBatch:
+        views = torch.cat([torch.from_numpy(item.placed.views) for item in pending])
+        valid = torch.cat([torch.from_numpy(item.placed.valid) for item in pending])
+        parts = [
+            self._method.features(
+                views[i : i + self._batch_size].to(self._device),
+                valid[i : i + self._batch_size].to(self._device),
+            )
+            for i in range(0, len(views), self._batch_size)
+        ]
+        features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        keys = tuple(item.item.key for item in pending for _ in item.placed.views)
+        groups = tuple(item.item.group for item in pending for _ in item.placed.views)
+        return FeatureBatch(features, valid.to(self._device), keys, groups)

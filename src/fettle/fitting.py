@@ -1,0 +1,233 @@
+"""From good pictures to the parts of a detector: frame, backbone, method, calibration, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import fettle
+from fettle.backbones import registry as backbones
+from fettle.calibration import Calibration, calibrate
+from fettle.datasets.records import Dataset
+from fettle.datasets.splits import group_column, groups
+from fettle.errors import DataError, PictureError, UsageError, nearest_name
+from fettle.feature_stream import GoodFeatures, GoodPicture
+from fettle.images.decode import picture_size
+from fettle.images.framing import Frame, FrameMode, Resample, choose_frame
+from fettle.inspection import Refusal
+from fettle.judging import gather_judged
+from fettle.methods.registry import find_method, make_config
+from fettle.protocols import Json, LeavesOut, Method, Progress, Run
+
+
+class FitRequest(BaseModel):
+    """What a fit is asked for. None means the preset's own.
+
+    Attributes:
+        method, preset: names in the registry of methods.
+        backbone: a registered or timm name. weights: a file, or "random".
+        size, frame: framed size in px and framing, see `images.framing`.
+        resample: filter for resizing. roi: left, top, right, bottom as shares of the picture.
+        group: column of a manifest whose pictures belong together (None: found by itself).
+        settings: fields of the method's configuration to change.
+        target_frr: share of good parts that may be rejected. strict: fail where it cannot be promised.
+        memory_mib: bound on what the fit holds besides the network.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = "patchcore"
+    preset: str = "compact"
+    backbone: str | None = None
+    weights: str | None = None
+    size: int | None = Field(default=None, ge=14, le=8192)
+    frame: FrameMode | None = None
+    resample: Resample = "bilinear"
+    roi: tuple[float, float, float, float] | None = None
+    group: str | None = None
+    seed: int = Field(default=0, ge=0)
+    settings: dict[str, object] = Field(default_factory=dict)
+    target_frr: float = Field(default=0.01, gt=0, lt=1)
+    strict: bool = False
+    memory_mib: int = Field(default=256, ge=16)
+    device: str = "cpu"
+
+
+def make_request(settings: Mapping[str, object]) -> FitRequest:
+    """A request from keyword arguments.
+
+    Raises:
+        UsageError: an unknown name, or a value that it does not take.
+    """
+    known = FitRequest.model_fields
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"A fit has no setting '{name}'.", nearest_name(name, known))
+    try:
+        return FitRequest.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"The setting '{place}' cannot be {first['input']!r}: {first['msg']}.", "Correct it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class FittedParts:
+    """What a detector is made of."""
+
+    method: Method
+    frame: Frame
+    calibration: Calibration
+    card: dict[str, Json]
+
+
+def fit_parts(
+    dataset: Dataset, request: FitRequest, progress: Progress, say: Callable[[str], None]
+) -> FittedParts:
+    """Fit and calibrate. See `FitRequest`.
+
+    Raises:
+        DataError: no good picture that can be read.
+    """
+    method_class = find_method(request.method)
+    config = make_config(method_class, request.preset, request.settings)
+    preset = method_class.presets[request.preset]
+    run = Run(request.seed, request.device, request.memory_mib, progress, say)
+    good = gather_good(dataset, request.group, progress)
+    name = request.backbone or (None if request.weights else preset.backbone)
+    levels = _levels(method_class, config, name, request.weights)
+    backbone = backbones.load_backbone(name, levels, weights=request.weights)
+    frame = choose_frame(
+        request.frame or cast(FrameMode, preset.frame),
+        request.size or _nearest_multiple(preset.size, backbone.spec.side_step),
+        [good.sizes[picture.key] for picture in good.pictures],
+        backbone.spec.side_step,
+        resample=request.resample,
+        roi=request.roi,
+    )
+    method = method_class(backbone, config, levels)
+    cast(torch.nn.Module, method).to(request.device).eval()
+    stream = GoodFeatures(
+        method,
+        good.pictures,
+        frame,
+        device=request.device,
+        progress=progress,
+        what="learning",
+        cache_mib=request.memory_mib,
+    )
+    record = method.prepare(stream, run)
+    stream.what = "calibrating"
+    assert isinstance(method, LeavesOut)
+    judged = gather_judged(method.left_out(stream, run), stream.num_pictures)
+    if judged.energies is not None:
+        method.settle(judged.energies)
+    calibration = calibrate(
+        judged.scores,
+        target_frr=request.target_frr,
+        mode="leave_one_out",
+        groups=judged.groups if good.column else None,
+        pixel_statistics=judged.pixel_statistics or None,
+        strict=request.strict,
+    )
+    refused = good.refused + stream.refusals
+    card: dict[str, Json] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "preset": request.preset,
+        "seed": request.seed,
+        "versions": _versions(),
+        "data": {
+            "source": dataset.root.name,
+            "layout": dataset.layout,
+            "pictures": len(good.pictures) - len(stream.refusals),
+            "sha256": hashlib.sha256("".join(sorted(good.sizes)).encode()).hexdigest(),
+            "group_column": good.column,
+            "duplicates_left_out": good.num_duplicates,
+            "refused": [asdict(refusal) for refusal in refused],
+        },
+        "picture_keys": [picture.key[:16] for picture in good.pictures],
+        "fit": record.facts,
+        "warnings": list(record.warnings),
+        "promise": " ".join(calibration.sentences()),
+    }
+    return FittedParts(method, frame, calibration, card)
+
+
+@dataclass(frozen=True)
+class GatheredPictures:
+    """Distinct good pictures, with their sizes (height, width) by key, and what was left out."""
+
+    pictures: list[GoodPicture]
+    sizes: dict[str, tuple[int, int]]
+    column: str | None
+    num_duplicates: int
+    refused: list[Refusal]
+
+
+def gather_good(dataset: Dataset, group: str | None, progress: Progress) -> GatheredPictures:
+    """The good training pictures of a data set: hashed, deduplicated, grouped.
+
+    Equal files count once: a copy is no further evidence, and would break the promise.
+
+    Raises:
+        DataError: none is left.
+    """
+    column = group_column(dataset, group)
+    records = dataset.good_for_training()
+    pictures: dict[str, GoodPicture] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    refused: list[Refusal] = []
+    num_duplicates = 0
+    for done, (record, group) in enumerate(zip(records, groups(records, column), strict=True), 1):
+        progress("reading", done, len(records))
+        try:
+            size = picture_size(record.path)
+            key = hashlib.sha256(record.path.read_bytes()).hexdigest()
+        except (PictureError, OSError) as error:
+            refused.append(Refusal(str(record.path), str(error)))
+            continue
+        num_duplicates += key in pictures
+        pictures.setdefault(key, GoodPicture(record.path, key, group))
+        sizes[key] = size
+    if not pictures:
+        first = f" The first refusal: {refused[0].reason}" if refused else ""
+        raise DataError(
+            f"There is no good picture to learn from in {dataset.root}.{first}",
+            "Give a folder of good pictures, or a labelled layout with a training part.",
+        )
+    return GatheredPictures(list(pictures.values()), sizes, column, num_duplicates, refused)
+
+
+def _levels(
+    method_class: type[Method], config: BaseModel, name: str | None, weights: str | None
+) -> tuple[str, ...]:
+    """The levels that the method taps on the backbone that will be loaded."""
+    explicit = Path(weights) if weights and weights != backbones.RANDOM else None
+    known = backbones.name_by_hash(explicit) if explicit and name is None else None
+    entry = backbones.find_entry(name or known or backbones.DEFAULT_BACKBONE)
+    levels = method_class.choose_levels(entry.levels, config)
+    return backbones.resolve_level_names(entry, levels)
+
+
+def _nearest_multiple(size: int, step: int) -> int:
+    return max(round(size / step), 1) * step
+
+
+def _versions() -> dict[str, Json]:
+    packages = ("torch", "timm", "numpy", "pillow")
+    return {
+        "fettle": fettle.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

@@ -1,0 +1,44 @@
+"""From a map on the patch grid to a map on pixels: one function for every method (base-methods 2.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fettle.sampling import bilinear_matrix, gaussian_matrix
+
+
+def valid_tokens(valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, 1, H, W) bool -> (B, h, w) bool: a token is valid if any of its pixels is."""
+    return F.adaptive_max_pool2d(valid.float(), grid)[:, 0] > 0
+
+
+def pixel_map(patch_map: Tensor, valid: Tensor, sigma: float) -> Tensor:
+    """Bilinear to the framed size, then Gaussian blur; what is not valid neither scores nor spreads.
+
+    Both steps are linear and separable, so they are two small matrix products. Invalid tokens are left out
+    by normalised convolution; where all are valid this is the plain blur.
+
+    Args:
+        patch_map: (B, h, w).
+        valid: (B, 1, H, W) bool, framed px.
+        sigma: standard deviation of the blur, framed px; 0 for none.
+
+    Returns:
+        (B, H, W), 0 where not valid.
+    """
+    height, width = valid.shape[-2:]
+    rows = _spread(height, patch_map.shape[-2], sigma, patch_map)  # (H, h)
+    columns = _spread(width, patch_map.shape[-1], sigma, patch_map)  # (W, w)
+    tokens = valid_tokens(valid, (patch_map.shape[-2], patch_map.shape[-1])).to(patch_map.dtype)
+    spread = rows @ (patch_map * tokens) @ columns.T
+    weight = rows @ tokens @ columns.T
+    return spread / weight.clamp_min(1e-6) * valid[:, 0]
+
+
+def _spread(num_out: int, num_in: int, sigma: float, like: Tensor) -> Tensor:
+    matrix = bilinear_matrix(num_out, num_in)
+    if sigma > 0:
+        matrix = gaussian_matrix(num_out, sigma) @ matrix
+    return torch.as_tensor(matrix, dtype=like.dtype, device=like.device)

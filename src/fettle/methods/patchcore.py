@@ -1,0 +1,300 @@
+"""PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265): distance to the nearest remembered good patch.
+
+A memory bank keeps a greedy k-centre choice of good patches; a patch scores its Euclidean distance to the
+nearest of them. Sections named in comments are those of the base methods' specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fettle.errors import ConfigError, DataError
+from fettle.layers.coreset import CoresetStream, draw_projection, sparse_projection
+from fettle.layers.energy_scale import EnergyScale
+from fettle.layers.neighbours import k_nearest, nearest
+from fettle.layers.pixel_map import pixel_map, valid_tokens
+from fettle.protocols import (
+    Backbone,
+    FeatureStream,
+    FitRecord,
+    LeftOut,
+    Level,
+    Maps,
+    Preset,
+    Run,
+    Traits,
+)
+
+
+class PatchCoreConfig(BaseModel):
+    """Fields of PatchCore.
+
+    Attributes:
+        levels: backbone levels, fine to coarse; None takes strides 8 and 16, or two middle blocks of a ViT.
+        embedding: "concat" joins the levels' channels; "pooled" is the paper's (512 + 1024 channels to 1024).
+        bank_rows: cap on the memory bank's rows; 0 for no cap.
+        bank_ratio: share of all good patches to keep; None for the cap alone.
+        selection: "greedy" is exact k-centre; "approximate" samples first (section 4.4).
+        projection_dims: dims of the random projection in which the choice is made; None by the
+            Johnson-Lindenstrauss rule (section 4.1).
+        neighbours: k, the mean distance to the k nearest rows is the patch's score.
+        reweight: b of the paper's equation 7; 0 is off.
+        score: picture score: "map_max" of the final map or "patch_max" before smoothing.
+        sigma: blur of the map, framed px.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    levels: tuple[str, ...] | None = None
+    embedding: Literal["concat", "pooled"] = "concat"
+    bank_rows: int = Field(default=4096, ge=0)
+    bank_ratio: float | None = Field(default=None, gt=0, le=1)
+    selection: Literal["greedy", "approximate"] = "greedy"
+    projection_dims: int | None = Field(default=None, ge=1)
+    neighbours: int = Field(default=1, ge=1, le=50)
+    reweight: int = Field(default=0, ge=0, le=50)
+    score: Literal["map_max", "patch_max"] = "map_max"
+    sigma: float = Field(default=4.0, ge=0, le=100)
+
+
+class PatchCore(nn.Module):
+    """Memory bank of good patches. See the module's text."""
+
+    name: ClassVar[str] = "patchcore"
+    Config: ClassVar[type[PatchCoreConfig]] = PatchCoreConfig
+    traits: ClassVar[Traits] = Traits(
+        trained=False,
+        multi_class=True,
+        few_shot=True,
+        fixed_grid=False,
+        square_grid=False,
+        leave_one_out=True,
+    )
+    presets: ClassVar[dict[str, Preset]] = {
+        "compact": Preset(PatchCoreConfig(), backbone=None, frame="auto", size=256),
+        "paper": Preset(
+            PatchCoreConfig(
+                embedding="pooled", bank_rows=0, bank_ratio=0.1, projection_dims=128, score="patch_max"
+            ),
+            backbone="wide_resnet50_2",
+            frame="crop",
+            size=256,
+        ),
+    }
+
+    bank: Tensor
+
+    def __init__(self, backbone: Backbone, config: PatchCoreConfig, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.levels = tuple(levels)
+        self.register_buffer("bank", torch.empty(0, 0))  # (rows, D)
+        self.scale = EnergyScale()
+        # Group number of each bank row, and of each group: known during the fit only.
+        self._owners = torch.empty(0, dtype=torch.int64)
+        self._owner_of: dict[str, int] = {}
+        if config.embedding == "pooled":
+            _check_pooled([backbone.spec.level(name) for name in levels])
+
+    @staticmethod
+    def choose_levels(offered: Sequence[Level], config: PatchCoreConfig) -> tuple[str, ...]:
+        """Levels that this method taps on a backbone that offers these."""
+        if config.levels is not None:
+            return config.levels
+        strides = {level.stride for level in offered}
+        if len(strides) > 1:
+            return tuple(level.name for level in offered if level.stride in (8, 16))
+        blocks = [level.name for level in offered if level.name.startswith("block")]
+        return (blocks[len(blocks) // 2 - 1], blocks[3 * len(blocks) // 4 - 1])
+
+    def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """Locally averaged, joined patch features (section 3.1): {"patches": (B, D, h, w)}."""
+        by_name = self.backbone(pictures, self.levels)
+        levels = [by_name[name] for name in self.levels]
+        if self.config.embedding == "pooled":
+            return {"patches": pooled_embedding(levels[0], levels[1])}
+        grid = levels[0].shape[-2:]
+        averaged = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in levels]
+        resized = [
+            level
+            if level.shape[-2:] == grid
+            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+            for level in averaged
+        ]
+        return {"patches": torch.cat(resized, dim=1)}
+
+    @torch.no_grad()
+    def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
+        """Choose the memory bank from a stream of good pictures (sections 4.3 and 4.5).
+
+        Raises:
+            DataError: the bank would be empty.
+        """
+        owner_of: dict[str, int] = {}
+        stream: CoresetStream | None = None
+        for batch in good:
+            patches = batch.features["patches"]
+            tokens = valid_tokens(batch.valid, (patches.shape[-2], patches.shape[-1]))
+            if stream is None:
+                expected = int(tokens.float().mean().item() * tokens[0].numel() * good.num_pictures)
+                stream = self._new_stream(patches.shape[1], expected, run)
+            rows = patches.permute(0, 2, 3, 1)  # (B, h, w, D)
+            for picture, picture_tokens, group in zip(rows, tokens, batch.groups, strict=True):
+                stream.add(picture[picture_tokens], owner_of.setdefault(group, len(owner_of)))
+        if stream is None:
+            raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
+        bank = stream.finish()
+        self.bank = bank.rows
+        self._owners = bank.owners
+        self._owner_of = owner_of
+        return FitRecord(
+            facts={
+                "bank_rows": len(bank.rows),
+                "bank_dims": bank.rows.shape[1],
+                "bank_radius_bound": bank.radius,
+                "bank_reductions": bank.reductions,
+            }
+        )
+
+    def _new_stream(self, num_features: int, expected_rows: int, run: Run) -> CoresetStream:
+        rows = self.config.bank_rows or expected_rows
+        if self.config.bank_ratio is not None:
+            rows = min(rows, int(self.config.bank_ratio * expected_rows))
+        if rows < 1:
+            raise DataError(
+                f"{self.config.bank_ratio:.2%} of {expected_rows} patches is no row at all.",
+                "Raise bank_ratio or give more good pictures.",
+            )
+        generator = run.generator("patchcore/projection")
+        projection = draw_projection(num_features, max(expected_rows, 2), generator)
+        if self.config.projection_dims is not None:
+            projection = sparse_projection(num_features, self.config.projection_dims, generator)
+        memory_mib = run.memory_mib
+        if self.config.bank_ratio is not None:  # a fixed share is chosen among all patches at once
+            dims = num_features if projection is None else projection.shape[1]
+            floats = expected_rows * (num_features + dims + 16) + rows * num_features
+            memory_mib = max(memory_mib, math.ceil(1.1 * 4 * floats / 2**20) + 128)
+        stream = CoresetStream(
+            num_features, rows, projection=projection, memory_mib=memory_mib, progress=run.progress
+        )
+        seconds, mib = stream.expect(expected_rows)
+        run.say(
+            f"The memory bank keeps {min(rows, expected_rows):,} of about {expected_rows:,} patches: "
+            f"about {seconds:.0f} s and {mib:.0f} MiB."
+        )
+        return stream
+
+    @torch.no_grad()
+    def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
+        """Each good picture against the bank rows of other groups only (section 8.3)."""
+        for batch in good:
+            patches = batch.features["patches"]
+            for i, (key, group) in enumerate(zip(batch.keys, batch.groups, strict=True)):
+                others = self.bank[self._owners != self._owner_of[group]]
+                if len(others) == 0:  # one group only: nobody is left to judge it
+                    return
+                one, valid = patches[i : i + 1], batch.valid[i : i + 1]
+                distance, index = self._search(one, others)
+                tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))
+                maps = self._maps(one, valid, distance, index, others)
+                yield LeftOut(key, group, maps, valid, distance[tokens])
+
+    def settle(self, energies: Tensor) -> None:
+        self.scale.settle(energies)
+
+    def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
+        patches = self.features(pictures, valid)["patches"]
+        distance, index = self._search(patches, self.bank)
+        return self._maps(patches, valid, distance, index, self.bank)
+
+    def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
+        """(B, h, w): sqrt(min_m ||u - m||^2 + 1e-8) on the stored scale (section 7).
+
+        The nearest row is found anew at each call and held fixed for the gradient.
+        """
+        patches = self.features(pictures, valid)["patches"]
+        with torch.no_grad():
+            _, index = self._search(patches, self.bank)
+        difference = patches - self.bank[index[..., 0]].permute(0, 3, 1, 2)  # (B, D, h, w)
+        energy: Tensor = self.scale((difference.square().sum(dim=1) + 1e-8).sqrt())
+        return energy
+
+    def _search(self, patches: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (B, D, h, w) -> patch score (B, h, w) and bank rows (B, h, w, k), nearest first."""
+        batch, dims, height, width = patches.shape
+        queries = patches.permute(0, 2, 3, 1).reshape(-1, dims)
+        if self.config.neighbours == 1:
+            squared, row = nearest(queries, bank)
+            return squared.sqrt().view(batch, height, width), row.view(batch, height, width, 1)
+        squared, rows = k_nearest(queries, bank, min(self.config.neighbours, len(bank)))
+        distance = squared.sqrt().mean(dim=1)
+        return distance.view(batch, height, width), rows.view(batch, height, width, -1)
+
+    def _maps(self, patches: Tensor, valid: Tensor, distance: Tensor, index: Tensor, bank: Tensor) -> Maps:
+        anomaly_map = pixel_map(distance, valid, self.config.sigma)
+        if self.config.score == "map_max":
+            return Maps(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
+        tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))
+        score, place = distance.masked_fill(~tokens, 0).flatten(1).max(dim=1)  # (B,)
+        if self.config.reweight > 1:
+            rows = torch.arange(len(place), device=place.device)
+            worst = patches.flatten(2)[rows, :, place]  # (B, D)
+            neighbour = index.flatten(1, 2)[rows, place, 0]
+            score = reweighted(worst, bank, neighbour, self.config.reweight)
+        return Maps(anomaly_map, score)
+
+
+def reweighted(worst: Tensor, bank: Tensor, neighbour: Tensor, num_support: int) -> Tensor:
+    """The paper's picture score (eq. 7): s* (1 - softmax of the distances to m*'s neighbours, at m*).
+
+    Args:
+        worst: u*, the patch with the largest distance, (B, D).
+        bank: (M, D).
+        neighbour: m*, the row nearest to u*, (B,).
+        num_support: b, rows nearest to m* in the bank, m* itself among them.
+    """
+    _, support = k_nearest(bank[neighbour], bank, min(num_support, len(bank)))  # (B, b), m* first
+    distances = (worst[:, None] - bank[support]).norm(dim=2)
+    return reweighted_score(distances)
+
+
+def reweighted_score(distances: Tensor) -> Tensor:
+    """s = s* (1 - exp(s*) / sum exp(d)), with the maximum taken out first. (B, b), m* first -> (B,)."""
+    return distances[:, 0] * (1 - distances.softmax(dim=1)[:, 0])
+
+
+def pooled_embedding(fine: Tensor, coarse: Tensor) -> Tensor:
+    """The paper's 1024-dim embedding of 512 + 1024 channels as fixed convolutions (section 3.1).
+
+    Equal to unfolding 3 x 3 patches and adaptive average pooling to 1024, twice.
+    """
+    channels = fine.shape[1]
+    kernel = fine.new_full((channels, 1, 3, 3), 0.1)
+    kernel[:, :, 1, 1] = 0.2
+    first = F.conv2d(fine, kernel, padding=1, groups=channels)
+    batch, _, height, width = coarse.shape
+    pairs = coarse.reshape(batch, channels, 2, height, width).mean(dim=2)
+    second = F.interpolate(
+        F.avg_pool2d(pairs, 3, stride=1, padding=1),
+        size=fine.shape[-2:],
+        mode="bilinear",
+        align_corners=False,
+    )
+    return torch.cat([first, second], dim=1)
+
+
+def _check_pooled(levels: Sequence[Level | None]) -> None:
+    channels = [level.channels if level else 0 for level in levels]
+    if channels != [512, 1024]:
+        raise ConfigError(
+            f"embedding 'pooled' is defined for levels of 512 and 1024 channels, not {channels}.",
+            "Use --set embedding=concat, or a backbone of the ResNet-50 family.",
+        )

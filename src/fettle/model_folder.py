@@ -1,0 +1,172 @@
+"""A model on disk: one manifest (JSON) and tensors (safetensors), each named and checked by its hash.
+
+Saving is atomic: tensor files carry their hash in their name, so that new ones never overwrite old ones,
+and replacing the manifest is the one step that switches from the old model to the new. A kill at any moment
+leaves one of the two whole. Nothing in the folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from fettle.errors import ModelFolderError, UsageError
+from fettle.protocols import Json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_TENSOR_BYTES = 16 << 30
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a model folder holds: the manifest's content and the tensors by part ("backbone", "method")."""
+
+    content: dict[str, Json]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def write_model(
+    folder: Path, content: Mapping[str, Json], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Write or replace a model folder atomically.
+
+    Args:
+        folder: made if need be; must be empty or hold a model.
+        content: everything of the manifest but `schema`, `files` and `sha256`; JSON values, no NaN.
+        tensors: part name -> tensors.
+
+    Raises:
+        UsageError: the folder holds something that is no model.
+    """
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file.", "Name a folder for the model.")
+    if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
+        raise UsageError(f"The folder {folder} holds more than a model.", "Name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Json] = {}
+    for part, state in tensors.items():
+        data = dump_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        sha256 = hashlib.sha256(data).hexdigest()
+        name = f"{part}-{sha256[:16]}.safetensors"
+        _write_durably(folder / name, data)
+        files[part] = {"name": name, "sha256": sha256, "bytes": len(data)}
+    manifest: dict[str, Json] = {"schema": SCHEMA, **content, "files": files}
+    manifest["sha256"] = _content_hash(manifest)
+    text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+    _write_durably(folder / MANIFEST, text.encode())
+    kept = {cast("dict[str, str]", file)["name"] for file in files.values()}
+    for path in folder.iterdir():
+        if path.name not in kept and path.name != MANIFEST and _is_ours(path.name):
+            path.unlink(missing_ok=True)
+
+
+def read_model(folder: Path) -> StoredModel:
+    """Read and check a model folder.
+
+    Raises:
+        ModelFolderError: no model, damaged, altered, of a newer schema, oversized, with a path that leaves
+            the folder, or with NaN.
+    """
+    manifest = _read_manifest(folder)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ModelFolderError(f"The model {folder} is damaged: its manifest lists no files.", _RESTORE)
+    tensors = {part: _read_tensors(folder, entry) for part, entry in files.items()}
+    content = {key: value for key, value in manifest.items() if key not in ("schema", "files", "sha256")}
+    return StoredModel(content, tensors)
+
+
+_RESTORE = "Fit it again, or restore it from a copy."
+
+
+def _read_manifest(folder: Path) -> dict[str, Json]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelFolderError(
+            f"{folder} holds no model: there is no {MANIFEST}.", "Make one with 'fettle fit'."
+        )
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ModelFolderError(f"The manifest of {folder} is larger than any real one.", _RESTORE)
+    try:
+        manifest = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"The manifest of {folder} is damaged: {error}.", _RESTORE) from error
+    if not isinstance(manifest, dict):
+        raise ModelFolderError(f"The manifest of {folder} is damaged: it is no object.", _RESTORE)
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ModelFolderError(
+            f"The model {folder} has schema {schema}; this version reads up to {SCHEMA}.", "Update fettle."
+        )
+    if schema != SCHEMA or manifest.get("sha256") != _content_hash(manifest):
+        raise ModelFolderError(f"The manifest of {folder} was altered: its hash does not agree.", _RESTORE)
+    return cast("dict[str, Json]", manifest)
+
+
+def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ModelFolderError(f"The model {folder} is damaged: a file entry has no name.", _RESTORE)
+    name = str(entry["name"])
+    path = folder / name
+    if Path(name).name != name or not _is_ours(name) or path.is_symlink():
+        raise ModelFolderError(f"The model {folder} names a file outside itself: {name!r}.", "Do not use it.")
+    if not path.is_file():
+        raise ModelFolderError(f"The model {folder} is damaged: {name} is missing.", _RESTORE)
+    size = path.stat().st_size
+    if size > _MAX_TENSOR_BYTES or size != entry.get("bytes"):
+        raise ModelFolderError(f"The model {folder} is damaged: {name} has {size} bytes.", _RESTORE)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise ModelFolderError(
+            f"The model {folder} was altered: the hash of {name} does not agree.", _RESTORE
+        )
+    try:
+        tensors = load_tensors(data)
+    except Exception as error:
+        raise ModelFolderError(f"The model {folder} is damaged: {name}: {error}.", _RESTORE) from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelFolderError(
+                f"The model {folder} holds values that are no numbers, in {key}.", _RESTORE
+            )
+    return tensors
+
+
+def _is_ours(name: str) -> bool:
+    """Names that this module gives: nothing else in a folder is ever read or removed."""
+    return (
+        re.fullmatch(r"([a-z_]+-[0-9a-f]{16}\.safetensors|manifest\.json)(\.\d+\.partial)?", name) is not None
+    )
+
+
+def _content_hash(manifest: Mapping[str, Json]) -> str:
+    """Hash of the manifest without its own hash, independent of white space and key order."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename: the target is never half written."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
