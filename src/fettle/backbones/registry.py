@@ -138,7 +138,8 @@ def restore_backbone(spec: BackboneSpec, levels: Sequence[str], state: dict[str,
     """The backbone of a saved model, from the model's own tensors: no weights file is looked for."""
     entry = find_entry(spec.id)
     net = entry.build(levels, entry.levels)
-    networks.load_state(net, state, set(state), "in the model")
+    own = {key.removeprefix("net."): tensor for key, tensor in state.items()}
+    networks.load_state(net, own, set(own), "in the model")
     return _wrap(entry, spec, net, levels)
 
 

@@ -147,13 +147,12 @@ def _in_package(known: KnownFile) -> Path | None:
 
 def _from_hub(repository: str) -> Path | None:
     """The hub's cached file, else a download; None where the hub does not answer within 5 s."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
-        return Path(hf_hub_download(repository, "model.safetensors", local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+    cached = try_to_load_from_cache(repository, "model.safetensors")  # looks at files only
+    if isinstance(cached, str):
+        return Path(cached)
     host = constants.ENDPOINT.split("://", 1)[-1].split("/", 1)[0].split(":", 1)[0]
     if constants.HF_HUB_OFFLINE or not _answers(host, HUB_SECONDS - 1):
         return None

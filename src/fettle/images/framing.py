@@ -106,7 +106,8 @@ class Frame(BaseModel):
         elif self.mode == "crop":
             top, left = placed.boxes[0]
             seen = np.zeros((height, width), bool)
-            whole[top : top + self.height, left : left + self.width] = maps[0]
+            around = ((top, height - top - self.height), (left, width - left - self.width))
+            whole = np.pad(maps[0], around, mode="edge")  # resizing then mixes nothing unseen in
             seen[top : top + self.height, left : left + self.width] = True
         else:
             top, left = placed.boxes[0]
