@@ -56,11 +56,19 @@ class _Frozen(nn.Module):
 
 
 class ConvPyramid(_Frozen):
-    """A convolutional network whose levels are named by stride: "stride4", "stride8", ..."""
+    """A convolutional network whose levels are named by stride: "stride4", "stride8", ...
+
+    Tensors lie channels last in memory, which is one and a half to three times faster on a CPU.
+    """
+
+    def __init__(self, spec: BackboneSpec, net: Module, levels: Sequence[str]) -> None:
+        super().__init__(spec, net, levels)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # known to torch only
 
     def forward(self, pictures: Tensor, levels: Sequence[str]) -> dict[str, Tensor]:
         """(B, 3, H, W) in 0..1 -> level: (B, C, H/stride, W/stride)."""
-        outputs = self.net(self.normalise(pictures, levels))
+        pictures = self.normalise(pictures, levels).contiguous(memory_format=torch.channels_last)
+        outputs = self.net(pictures)
         by_name = dict(zip(self.built, outputs, strict=True))
         return {name: by_name[name] for name in levels}
 

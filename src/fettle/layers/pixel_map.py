@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,16 +31,20 @@ def pixel_map(patch_map: Tensor, valid: Tensor, sigma: float) -> Tensor:
         (B, H, W), 0 where not valid.
     """
     height, width = valid.shape[-2:]
-    rows = _spread(height, patch_map.shape[-2], sigma, patch_map)  # (H, h)
-    columns = _spread(width, patch_map.shape[-1], sigma, patch_map)  # (W, w)
+    like = (patch_map.dtype, patch_map.device)
+    rows = _spread(height, patch_map.shape[-2], sigma, *like)  # (H, h)
+    columns = _spread(width, patch_map.shape[-1], sigma, *like)  # (W, w)
     tokens = valid_tokens(valid, (patch_map.shape[-2], patch_map.shape[-1])).to(patch_map.dtype)
     spread = rows @ (patch_map * tokens) @ columns.T
     weight = rows @ tokens @ columns.T
     return spread / weight.clamp_min(1e-6) * valid[:, 0]
 
 
-def _spread(num_out: int, num_in: int, sigma: float, like: Tensor) -> Tensor:
+@lru_cache(maxsize=32)
+def _spread(num_out: int, num_in: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Bilinear resampling and blur as one matrix, (num_out, num_in)."""
     matrix = bilinear_matrix(num_out, num_in)
     if sigma > 0:
         matrix = gaussian_matrix(num_out, sigma) @ matrix
-    return torch.as_tensor(matrix, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        return torch.tensor(matrix, dtype=dtype, device=device)
