@@ -18,7 +18,8 @@ from fettle.datasets.open import open_dataset
 from fettle.datasets.records import Dataset, Record
 from fettle.errors import DataError, FettleError, ModelFolderError, UsageError
 from fettle.evaluation import Evaluation, Promise
-from fettle.fitting import fit_parts, gather_good, make_request
+from fettle.fitting import fit_parts, make_request
+from fettle.gathering import gather_good
 from fettle.images.decode import read_mask
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
@@ -49,12 +50,20 @@ class Detector:
         frame: how pictures become network input.
         calibration: thresholds and what they promise.
         card: the model card: data, weights, seeds, versions, fit facts, fallbacks.
+        fold_methods: with cross calibration, the folds' models, which decide the verdict.
     """
 
     def __init__(
-        self, method: Method, frame: Frame, calibration: Calibration, card: Mapping[str, Json], device: str
+        self,
+        method: Method,
+        frame: Frame,
+        calibration: Calibration,
+        card: Mapping[str, Json],
+        device: str,
+        fold_methods: Sequence[Method] = (),
     ) -> None:
         self.method = method
+        self.fold_methods = tuple(fold_methods)
         self.frame = frame
         self.calibration = calibration
         self.card = dict(card)
@@ -82,7 +91,9 @@ class Detector:
         """
         request = make_request(settings)
         parts = fit_parts(_good_records(good), request, progress, say)
-        return cls(parts.method, parts.frame, parts.calibration, parts.card, request.device)
+        return cls(
+            parts.method, parts.frame, parts.calibration, parts.card, request.device, parts.fold_methods
+        )
 
     @property
     def num_fit(self) -> int:
@@ -218,7 +229,10 @@ class Detector:
                 f"The model has learnt from all {num_known} pictures given.",
                 "Give good pictures that it has not.",
             )
-        views = judge(self.method, fresh, self.frame, device=self.device, progress=progress)
+        refused: list[Refusal] = []
+        views = judge(
+            self.method, fresh, self.frame, device=self.device, progress=progress, refused=refused.append
+        )
         judged = gather_judged(views, len(fresh))
         calibration = calibrate(
             judged.scores,
@@ -231,14 +245,18 @@ class Detector:
         warnings: list[Json] = [*self.warnings()]
         if num_known:
             warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
+        warnings += [refusal.reason for refusal in refused]
         card = {**self.card, "promise": " ".join(calibration.sentences()), "warnings": warnings}
         return Detector(self.method, self.frame, calibration, card, self.device)
 
     def save(self, folder: Path | str) -> None:
         """Write the model atomically: a kill at any moment leaves the old model or the new one."""
-        state = self.method.state_dict()
-        inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        learnt = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {
+            "backbone": self.method.backbone.state_dict(),
+            "method": _learnt(self.method),
+        }
+        for fold, method in enumerate(self.fold_methods):
+            tensors[f"fold{fold}"] = _learnt(method)
         content: dict[str, Json] = {
             "method": self.method.name,
             "config": self.method.config.model_dump(mode="json"),
@@ -248,7 +266,7 @@ class Detector:
             "calibration": self.calibration.model_dump(mode="json"),
             "card": self.card,
         }
-        write_model(Path(folder), content, {"backbone": inside, "method": learnt})
+        write_model(Path(folder), content, tensors)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> Detector:
@@ -267,14 +285,18 @@ class Detector:
             frame = Frame.model_validate(content["frame"])
             calibration = Calibration.model_validate(content["calibration"])
             backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
-            method = method_class(backbone, config, levels)
-            _load_learnt(cast(torch.nn.Module, method), stored.tensors["method"])
+            parts = ["method", *sorted(part for part in stored.tensors if part.startswith("fold"))]
+            methods = [method_class(backbone, config, levels) for _ in parts]
+            for method, part in zip(methods, parts, strict=True):
+                _load_learnt(cast(torch.nn.Module, method), stored.tensors[part])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFolderError(
                 f"The model {folder} is damaged: {error}.", "Fit it again, or restore it from a copy."
             ) from error
-        cast(torch.nn.Module, method).to(device).eval()
-        return cls(method, frame, calibration, cast("dict[str, Json]", content["card"]), device)
+        for method in methods:
+            cast(torch.nn.Module, method).to(device).eval()
+        card = cast("dict[str, Json]", content["card"])
+        return cls(methods[0], frame, calibration, card, device, methods[1:])
 
     def _answers(
         self,
@@ -290,7 +312,8 @@ class Detector:
             views = np.concatenate([item.placed.views for item in loaded])
             valid = np.concatenate([item.placed.valid for item in loaded])
             start = time.perf_counter()
-            maps, scores = self._run(views, valid, batch_size)
+            maps, scores = self._run(self.method, views, valid, batch_size)
+            fold_scores = [self._run(fold, views, valid, batch_size)[1] for fold in self.fold_methods]
             compute = (time.perf_counter() - start) / len(views)
         first = 0
         for item in waiting:
@@ -299,7 +322,14 @@ class Detector:
                 continue
             last = first + len(item.placed.views)
             yield self._answer(
-                item, path_of(item.item), maps[first:last], scores[first:last], compute, product, rules
+                item,
+                path_of(item.item),
+                maps[first:last],
+                scores[first:last],
+                [float(of_fold[first:last].max()) for of_fold in fold_scores],
+                compute,
+                product,
+                rules,
             )
             first = last
 
@@ -309,6 +339,7 @@ class Detector:
         path: Path,
         maps: NDArray[np.float32],
         scores: NDArray[np.float32],
+        fold_scores: Sequence[float],
         seconds: float,
         product: str,
         rules: RegionRules,
@@ -319,14 +350,15 @@ class Detector:
         score = float(scores.max())
         if not np.isfinite(score):
             raise FettleError(f"{path}: the model gave no finite score.", "Report the picture and the model.")
-        threshold = self.calibration.pixel_threshold
+        calibration = self.calibration
+        threshold = calibration.pixel_threshold
         regions: tuple[Region, ...] = ()
         if threshold is not None:
             regions = find_regions(own_map, valid, threshold, **asdict(rules))
         inspection = Inspection(
             path=str(path),
             score=score,
-            verdict=self.calibration.verdict(score),
+            verdict=calibration.cross_verdict(fold_scores) if fold_scores else calibration.verdict(score),
             regions=regions,
             anomaly_map=own_map,
             valid=valid,
@@ -343,11 +375,11 @@ class Detector:
 
     @torch.inference_mode()
     def _run(
-        self, views: NDArray[np.float32], valid: NDArray[np.bool_], batch_size: int
+        self, method: Method, views: NDArray[np.float32], valid: NDArray[np.bool_], batch_size: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Views (n, 3, H, W) -> maps (n, H, W) and scores (n,)."""
         answers = [
-            self.method(
+            method(
                 torch.from_numpy(views[i : i + batch_size]).to(self.device),
                 torch.from_numpy(valid[i : i + batch_size]).to(self.device),
             )
@@ -361,6 +393,11 @@ def _promise(calibration: Calibration) -> Promise:
     rate, count = calibration.frr_promised, calibration.num_scores
     rank = None if rate is None else order_statistic(count, rate, calibration.confidence)
     return Promise(rate, calibration.promise_on, count, rank)
+
+
+def _learnt(method: Method) -> dict[str, torch.Tensor]:
+    """What a method learnt, without its backbone."""
+    return {name: t for name, t in method.state_dict().items() if not name.startswith("backbone.")}
 
 
 def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:

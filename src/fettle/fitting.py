@@ -14,19 +14,15 @@ from typing import cast
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import fettle
 from fettle.backbones import registry as backbones
-from fettle.calibration import Calibration, calibrate
+from fettle.calibration import Calibration, calibrate, needed_pictures
 from fettle.datasets.records import Dataset
-from fettle.datasets.splits import group_column, groups
-from fettle.errors import DataError, PictureError, UsageError, nearest_name
-from fettle.feature_stream import GoodFeatures, GoodPicture
-from fettle.images.decode import picture_size
+from fettle.errors import UsageError, nearest_name
+from fettle.gathering import gather_good
 from fettle.images.framing import Frame, FrameMode, Resample, choose_frame
-from fettle.inspection import Refusal
-from fettle.judging import gather_judged
+from fettle.judging import CalibrationMode, Fitter
 from fettle.methods.registry import find_method, make_config
-from fettle.protocols import Json, LeavesOut, Method, Progress, Run
+from fettle.protocols import Json, Method, Progress, Run
 
 
 class FitRequest(BaseModel):
@@ -40,6 +36,7 @@ class FitRequest(BaseModel):
         group: column of a manifest whose pictures belong together (None: found by itself).
         settings: fields of the method's configuration to change.
         target_frr: share of good parts that may be rejected. strict: fail where it cannot be promised.
+        calibration: how good pictures are judged by a model that does not know them, see `judging`.
         memory_mib: bound on what the fit holds besides the network.
     """
 
@@ -58,6 +55,7 @@ class FitRequest(BaseModel):
     settings: dict[str, object] = Field(default_factory=dict)
     target_frr: float = Field(default=0.01, gt=0, lt=1)
     strict: bool = False
+    calibration: CalibrationMode = "auto"
     memory_mib: int = Field(default=256, ge=16)
     device: str = "cpu"
 
@@ -87,6 +85,7 @@ class FittedParts:
     """What a detector is made of."""
 
     method: Method
+    fold_methods: tuple[Method, ...]
     frame: Frame
     calibration: Calibration
     card: dict[str, Json]
@@ -116,32 +115,36 @@ def fit_parts(
         resample=request.resample,
         roi=request.roi,
     )
-    method = method_class(backbone, config, levels)
-    cast(torch.nn.Module, method).to(request.device).eval()
-    stream = GoodFeatures(
-        method,
-        good.pictures,
-        frame,
-        device=request.device,
-        progress=progress,
-        what="learning",
-        cache_mib=request.memory_mib,
-    )
-    record = method.prepare(stream, run)
-    stream.what = "calibrating"
-    assert isinstance(method, LeavesOut)
-    judged = gather_judged(method.left_out(stream, run), stream.num_pictures)
+    traits = method_class.traits
+    if frame.mode == "tile" and traits.fixed_grid:
+        raise UsageError(
+            f"Method '{request.method}' learns each position by itself and cannot take tiles.",
+            "Use --frame auto, or --method patchcore.",
+        )
+    if frame.height != frame.width and traits.square_grid:
+        raise UsageError(f"Method '{request.method}' needs a square.", "Use --frame square or pad.")
+
+    def new_method() -> Method:
+        method = method_class(backbone, config, levels)
+        cast(torch.nn.Module, method).to(request.device).eval()
+        return method
+
+    fitter = Fitter(new_method, frame, run)
+    needed = needed_pictures(min(5 * request.target_frr, 0.2))
+    judged = fitter.fit(good.pictures, request.calibration, holdout=needed)
+    method = judged.method
     if judged.energies is not None:
         method.settle(judged.energies)
     calibration = calibrate(
         judged.scores,
         target_frr=request.target_frr,
-        mode="leave_one_out",
+        mode=judged.mode,
         groups=judged.groups if good.column else None,
+        folds=judged.folds,
         pixel_statistics=judged.pixel_statistics or None,
         strict=request.strict,
     )
-    refused = good.refused + stream.refusals
+    refused = good.refused + fitter.refusals
     card: dict[str, Json] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "preset": request.preset,
@@ -150,63 +153,18 @@ def fit_parts(
         "data": {
             "source": dataset.root.name,
             "layout": dataset.layout,
-            "pictures": len(good.pictures) - len(stream.refusals),
+            "pictures": judged.num_fit,
             "sha256": hashlib.sha256("".join(sorted(good.sizes)).encode()).hexdigest(),
             "group_column": good.column,
             "duplicates_left_out": good.num_duplicates,
             "refused": [asdict(refusal) for refusal in refused],
         },
         "picture_keys": [picture.key[:16] for picture in good.pictures],
-        "fit": record.facts,
-        "warnings": list(record.warnings),
+        "fit": judged.record.facts,
+        "warnings": [*judged.record.warnings],
         "promise": " ".join(calibration.sentences()),
     }
-    return FittedParts(method, frame, calibration, card)
-
-
-@dataclass(frozen=True)
-class GatheredPictures:
-    """Distinct good pictures, with their sizes (height, width) by key, and what was left out."""
-
-    pictures: list[GoodPicture]
-    sizes: dict[str, tuple[int, int]]
-    column: str | None
-    num_duplicates: int
-    refused: list[Refusal]
-
-
-def gather_good(dataset: Dataset, group: str | None, progress: Progress) -> GatheredPictures:
-    """The good training pictures of a data set: hashed, deduplicated, grouped.
-
-    Equal files count once: a copy is no further evidence, and would break the promise.
-
-    Raises:
-        DataError: none is left.
-    """
-    column = group_column(dataset, group)
-    records = dataset.good_for_training()
-    pictures: dict[str, GoodPicture] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    refused: list[Refusal] = []
-    num_duplicates = 0
-    for done, (record, group) in enumerate(zip(records, groups(records, column), strict=True), 1):
-        progress("reading", done, len(records))
-        try:
-            size = picture_size(record.path)
-            key = hashlib.sha256(record.path.read_bytes()).hexdigest()
-        except (PictureError, OSError) as error:
-            refused.append(Refusal(str(record.path), str(error)))
-            continue
-        num_duplicates += key in pictures
-        pictures.setdefault(key, GoodPicture(record.path, key, group))
-        sizes[key] = size
-    if not pictures:
-        first = f" The first refusal: {refused[0].reason}" if refused else ""
-        raise DataError(
-            f"There is no good picture to learn from in {dataset.root}.{first}",
-            "Give a folder of good pictures, or a labelled layout with a training part.",
-        )
-    return GatheredPictures(list(pictures.values()), sizes, column, num_duplicates, refused)
+    return FittedParts(method, judged.fold_methods, frame, calibration, card)
 
 
 def _levels(
@@ -227,7 +185,7 @@ def _nearest_multiple(size: int, step: int) -> int:
 def _versions() -> dict[str, Json]:
     packages = ("torch", "timm", "numpy", "pillow")
     return {
-        "fettle": fettle.__version__,
+        "fettle": version("fettle"),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }

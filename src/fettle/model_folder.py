@@ -148,7 +148,8 @@ def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
 def _is_ours(name: str) -> bool:
     """Names that this module gives: nothing else in a folder is ever read or removed."""
     return (
-        re.fullmatch(r"([a-z_]+-[0-9a-f]{16}\.safetensors|manifest\.json)(\.\d+\.partial)?", name) is not None
+        re.fullmatch(r"([a-z_0-9]+-[0-9a-f]{16}\.safetensors|manifest\.json)(\.\d+\.partial)?", name)
+        is not None
     )
 
 

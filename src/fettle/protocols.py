@@ -173,6 +173,12 @@ class Backbone(Protocol):
         """Features (B, C, h, w) by level name. A level it cannot serve is refused by name."""
         ...
 
+    def features_and_cue(
+        self, pictures: Tensor, levels: Sequence[str], cue: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features, and a map (B, h, w) of where the picture holds something, from one pass."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]: ...
 
 

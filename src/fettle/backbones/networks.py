@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fettle.backbones.timm_import import import_timm
@@ -13,7 +14,11 @@ from fettle.errors import UsageError, WeightsError, nearest_name
 from fettle.protocols import BackboneSpec, Level
 
 if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
     from torch.nn import Module
+
+
+_CUE_STRIDE = 16  # the cue's grid of a convolutional network
 
 
 class _Frozen(nn.Module):
@@ -65,6 +70,25 @@ class ConvPyramid(_Frozen):
         super().__init__(spec, net, levels)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # known to torch only
 
+    def features_and_cue(
+        self, pictures: Tensor, levels: Sequence[str], cue: str = "energy"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features, and where the picture holds something: activation energy, from one pass.
+
+        Args:
+            levels: fine to coarse; the cue is the mean over them.
+            cue: "energy" is all that a convolutional network has.
+
+        Returns:
+            features by level, and the cue (B, H/16, W/16) in 0..1.
+        """
+        if cue != "energy":
+            raise UsageError(f"Backbone '{self.spec.id}' has no cue '{cue}'.", "A CNN has 'energy' only.")
+        features = self(pictures, levels)
+        grid = (pictures.shape[-2] // _CUE_STRIDE, pictures.shape[-1] // _CUE_STRIDE)
+        energies = [energy_cue(features[name], grid) for name in levels]
+        return features, torch.stack(energies).mean(dim=0)
+
     def forward(self, pictures: Tensor, levels: Sequence[str]) -> dict[str, Tensor]:
         """(B, 3, H, W) in 0..1 -> level: (B, C, H/stride, W/stride)."""
         pictures = self.normalise(pictures, levels).contiguous(memory_format=torch.channels_last)
@@ -81,6 +105,38 @@ class VisionTransformer(_Frozen):
         """(B, 3, H, W) in 0..1 -> level: (B, C, H/patch, W/patch), patch tokens only."""
         features, _ = self._walk(pictures, levels, ())
         return features
+
+    def features_and_cue(
+        self, pictures: Tensor, levels: Sequence[str], cue: str = "cls"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features, and the attention of the same blocks, from one pass.
+
+        Args:
+            cue: "cls", what the class token attends to, or "received", what all patches attend to; a mean
+                over heads and over the blocks of `levels`. It sums to 1 less what prefix tokens take.
+
+        Returns:
+            features by level, and the cue (B, h, w).
+        """
+        if cue not in ("cls", "received"):
+            raise UsageError(
+                f"Backbone '{self.spec.id}' has no cue '{cue}'.", "A ViT has 'cls' and 'received'."
+            )
+        net = cast("TimmViT", self.net)
+        prefix = net.num_prefix_tokens
+        if cue == "cls" and net.cls_token is None:
+            raise UsageError(f"Backbone '{self.spec.id}' has no class token.", "Ask for the cue 'received'.")
+        blocks = sorted({_block_number(name, len(net.blocks)) for name in levels})
+        features, maps = self._walk(pictures, levels, blocks)
+        looked_at = [
+            maps[block].mean(dim=1)[:, 0, prefix:]
+            if cue == "cls"
+            else maps[block].mean(dim=1)[:, prefix:, prefix:].mean(dim=1)
+            for block in blocks
+        ]
+        step = self.spec.side_step
+        grid = (pictures.shape[-2] // step, pictures.shape[-1] // step)
+        return features, torch.stack(looked_at).mean(dim=0).reshape(-1, *grid)
 
     def tokens(self, pictures: Tensor, level: str) -> Tensor:
         """All tokens of one level, class token first: (B, T, C)."""
@@ -101,9 +157,7 @@ class VisionTransformer(_Frozen):
         tokens: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """One pass through the blocks, no further than what is asked for."""
-        from timm.models.vision_transformer import VisionTransformer as TimmViT
-
-        net = cast(TimmViT, self.net)
+        net = cast("TimmViT", self.net)
         x = net.patch_embed(self.normalise(pictures, levels))
         x = net.norm_pre(net.patch_drop(net._pos_embed(x)))  # (B, T, C)
         step = self.spec.side_step
@@ -150,6 +204,26 @@ def _attention_weights(block: Module, x: Tensor) -> Tensor:
     key = cast("Module", attention.k_norm)(qkv[1])
     scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return cast(Tensor, scores.softmax(dim=-1))
+
+
+def energy_cue(level: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Root mean square over channels on the given grid, stretched to 0..1 a picture: (B, h, w).
+
+    The outermost ring takes its inner neighbour's value, since zero padding makes the border stand out. A
+    constant picture gives 0.5 everywhere.
+    """
+    energy = level.square().mean(dim=1, keepdim=True).sqrt()
+    if energy.shape[-1] >= grid[1]:
+        energy = F.adaptive_avg_pool2d(energy, grid)
+    else:
+        energy = F.interpolate(energy, size=grid, mode="bilinear", align_corners=False)
+    if min(grid) >= 4:
+        energy = F.pad(energy[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate")
+    flat = energy.flatten(1)
+    low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
+    least = (1e-5 * flat.abs().mean(dim=1, keepdim=True)).clamp_min(1e-12)
+    stretched = 0.5 + (flat - (low + high) / 2) / torch.maximum(high - low, least)
+    return stretched.clamp(0, 1).reshape(-1, *grid)
 
 
 def conv_levels(timm_name: str) -> tuple[Level, ...]:

@@ -274,6 +274,7 @@ class CoresetStream:
         cap: largest number k of bank rows.
         projection: (D, dims) for the selection, or None to select on the rows as they are.
         memory_mib: bound on rows, projected copy and buffers together.
+        sample: generator of the approximate selection; None selects exactly.
         progress: passed on to the selection.
         block_bytes: bound on the selection's product.
 
@@ -288,6 +289,7 @@ class CoresetStream:
         *,
         projection: Tensor | None = None,
         memory_mib: int = 256,
+        sample: Generator | None = None,
         progress: Progress = no_progress,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
@@ -296,6 +298,7 @@ class CoresetStream:
         self.num_features = num_features
         self.cap = cap
         self.projection = projection
+        self.sample = sample
         self.progress = progress
         self.block_bytes = block_bytes
         self.dims = num_features if projection is None else projection.shape[1]
@@ -381,7 +384,7 @@ class CoresetStream:
             part.copy_(block if projection is None else block @ projection)
             begin += len(block)
         projected -= projected.mean(0)
-        chosen = select_greedy(projected, self.cap, progress=self.progress, block_bytes=self.block_bytes)
+        chosen = self._select(projected)
         del projected
         self._radius += math.sqrt(chosen.squared_radius)
         self._reductions += 1
@@ -389,6 +392,14 @@ class CoresetStream:
         rows, owners, arrivals = self._gather(picks), torch.cat(self._owners), torch.cat(self._arrivals)
         self._blocks, self._owners, self._arrivals, self._held = [], [], [], 0
         self._append(rows, owners[picks], arrivals[picks])
+
+    def _select(self, projected: Tensor) -> Selection:
+        progress, block_bytes = self.progress, self.block_bytes
+        if self.sample is None:
+            return select_greedy(projected, self.cap, progress=progress, block_bytes=block_bytes)
+        # The approximate selection adds a tenth of what it picks: together they keep to the cap.
+        most = max(10 * self.cap // 11, 1)
+        return select_approximate(projected, most, self.sample, progress=progress, block_bytes=block_bytes)
 
     def _gather(self, order: Tensor) -> Tensor:
         """Buffered rows by index, (len(order), D)."""
