@@ -282,8 +282,13 @@ class Detector:
             config = method_class.Config.model_validate(content["config"])
             levels = tuple(cast("list[str]", content["levels"]))
             spec = _backbone_spec(cast("dict[str, object]", content["backbone"]))
+            if not all(spec.level(name) for name in levels):
+                raise ValueError(f"its backbone has no levels {levels}")
             frame = Frame.model_validate(content["frame"])
             calibration = Calibration.model_validate(content["calibration"])
+            card = content["card"]
+            if not isinstance(card, dict):
+                raise TypeError("its card is no object")
             backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
             parts = ["method", *sorted(part for part in stored.tensors if part.startswith("fold"))]
             methods = [method_class(backbone, config, levels) for _ in parts]
@@ -295,7 +300,6 @@ class Detector:
             ) from error
         for method in methods:
             cast(torch.nn.Module, method).to(device).eval()
-        card = cast("dict[str, Json]", content["card"])
         return cls(methods[0], frame, calibration, card, device, methods[1:])
 
     def _answers(

@@ -19,7 +19,8 @@ from fettle.calibration import Calibration, calibrate, needed_pictures
 from fettle.datasets.records import Dataset
 from fettle.errors import UsageError, nearest_name
 from fettle.gathering import gather_good
-from fettle.images.framing import Frame, FrameMode, Resample, choose_frame
+from fettle.images.decode import read_mask
+from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_frame
 from fettle.judging import CalibrationMode, Fitter
 from fettle.methods.registry import find_method, make_config
 from fettle.protocols import Json, Method, Progress, Run
@@ -33,6 +34,7 @@ class FitRequest(BaseModel):
         backbone: a registered or timm name. weights: a file, or "random".
         size, frame: framed size in px and framing, see `images.framing`.
         resample: filter for resizing. roi: left, top, right, bottom as shares of the picture.
+        roi_mask: a mask picture, white inside the region of interest.
         group: column of a manifest whose pictures belong together (None: found by itself).
         settings: fields of the method's configuration to change.
         target_frr: share of good parts that may be rejected. strict: fail where it cannot be promised.
@@ -50,6 +52,7 @@ class FitRequest(BaseModel):
     frame: FrameMode | None = None
     resample: Resample = "bilinear"
     roi: tuple[float, float, float, float] | None = None
+    roi_mask: Path | None = None
     group: str | None = None
     seed: int = Field(default=0, ge=0)
     settings: dict[str, object] = Field(default_factory=dict)
@@ -114,6 +117,7 @@ def fit_parts(
         backbone.spec.side_step,
         resample=request.resample,
         roi=request.roi,
+        roi_mask=_read_roi(request.roi_mask),
     )
     traits = method_class.traits
     if frame.mode == "tile" and traits.fixed_grid:
@@ -176,6 +180,10 @@ def _levels(
     entry = backbones.find_entry(name or known or backbones.DEFAULT_BACKBONE)
     levels = method_class.choose_levels(entry.levels, config)
     return backbones.resolve_level_names(entry, levels)
+
+
+def _read_roi(path: Path | None) -> RoiMask | None:
+    return None if path is None else RoiMask.from_array(read_mask(path)[0])
 
 
 def _nearest_multiple(size: int, step: int) -> int:

@@ -28,6 +28,10 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_TENSOR_BYTES = 16 << 30
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
+    | {torch.int8, torch.int16, torch.int32, torch.int64}
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def _read_manifest(folder: Path) -> dict[str, Json]:
         raise ModelFolderError(f"The manifest of {folder} is larger than any real one.", _RESTORE)
     try:
         manifest = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        own_hash = _content_hash(manifest) if isinstance(manifest, dict) else ""
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"The manifest of {folder} is damaged: {error}.", _RESTORE) from error
     if not isinstance(manifest, dict):
@@ -111,7 +116,7 @@ def _read_manifest(folder: Path) -> dict[str, Json]:
         raise ModelFolderError(
             f"The model {folder} has schema {schema}; this version reads up to {SCHEMA}.", "Update fettle."
         )
-    if schema != SCHEMA or manifest.get("sha256") != _content_hash(manifest):
+    if schema != SCHEMA or manifest.get("sha256") != own_hash:
         raise ModelFolderError(f"The manifest of {folder} was altered: its hash does not agree.", _RESTORE)
     return cast("dict[str, Json]", manifest)
 
@@ -138,6 +143,8 @@ def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
     except Exception as error:
         raise ModelFolderError(f"The model {folder} is damaged: {name}: {error}.", _RESTORE) from error
     for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ModelFolderError(f"The model {folder} holds {key} of type {tensor.dtype}.", _RESTORE)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelFolderError(
                 f"The model {folder} holds values that are no numbers, in {key}.", _RESTORE

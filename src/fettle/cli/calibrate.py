@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_json
-from fettle.cli.options import AsJson, Model, Out
+from fettle.cli.options import AsJson, Model, Out, check_model_out, check_share
 
 
 def calibrate(
@@ -25,6 +25,8 @@ def calibrate(
     """Set the thresholds anew from fresh good pictures; what the model learnt stays."""
     from fettle.detector import Detector
 
+    check_share("target-frr", target_frr)
+    check_model_out(out)
     start = time.perf_counter()
     with Screen() as screen:
         detector = Detector.load(model).recalibrated(

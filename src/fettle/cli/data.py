@@ -58,8 +58,8 @@ def parts(
             seed=seed,
             progress=screen.progress,
         )
-    facts: dict[str, Json] = {"out": str(out), "products": [*names], "pictures": written.pictures}
+    facts: dict[str, Json] = {"out": str(out), "pictures": written.pictures}
     if as_json:
-        print_json(facts)
+        print_json({**facts, "products": [*written.products]})
     else:
-        print_facts(facts)
+        print_facts({**facts, "products": ", ".join(written.products)})

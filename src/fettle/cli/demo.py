@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_json, print_table
-from fettle.cli.evaluate import SHOWN, evaluate_into
+from fettle.cli.evaluate import SHOWN, evaluate_into, rates_sentence
 from fettle.cli.options import AsJson
 
 _PRODUCTS = 2
@@ -42,5 +42,7 @@ def demo(
         print_json({"out": str(out), "report": str(index), "per_product": {**results}})
         return
     rows = [[name, *(result[key] for key in SHOWN)] for name, result in results.items()]
-    print_table(["product", *SHOWN], rows)
+    print_table(["product", *SHOWN.values()], rows)
+    for name, result in results.items():
+        print(f"{name}: {rates_sentence(result)}")
     print(f"Report: {index}")

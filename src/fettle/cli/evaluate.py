@@ -10,7 +10,8 @@ import typer
 
 from fettle.cli.console import Screen, print_json, print_table
 from fettle.cli.options import AsJson, Model
-from fettle.cli.runs import open_run
+from fettle.cli.runs import add_or_refuse, open_run
+from fettle.errors import UsageError, nearest_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,17 +22,18 @@ if TYPE_CHECKING:
     from fettle.inspection import Refusal
     from fettle.protocols import Json
 
-SHOWN = (
-    "image_auroc",
-    "image_ap",
-    "image_f1max",
-    "pixel_auroc",
-    "pixel_ap",
-    "pixel_f1max",
-    "aupro",
-    "aupro_005",
-    "escape_rate",
-)
+SHOWN = {
+    "image_auroc": "image\nAUROC",
+    "image_ap": "image\nAP",
+    "image_f1max": "image\nF1",
+    "pixel_auroc": "pixel\nAUROC",
+    "pixel_ap": "pixel\nAP",
+    "pixel_f1max": "pixel\nF1",
+    "aupro": "AUPRO\n0.3",
+    "aupro_005": "AUPRO\n0.05",
+    "escape_rate": "escape\nrate",
+}
+"""The metrics that a person is shown, with their heads."""
 
 
 def evaluate(
@@ -59,16 +61,25 @@ def evaluate(
 def evaluate_into(
     detector: Detector, labelled: Path | Dataset, out: Path | None, product: str, screen: Screen
 ) -> dict[str, Json]:
-    """Evaluate, and write a run folder where `out` is given."""
+    """Evaluate, and write a run folder where `out` is given.
+
+    Raises:
+        UsageError: the data set has no test picture of that product.
+    """
+    from fettle.datasets.open import open_dataset
+
+    dataset = open_dataset(labelled) if isinstance(labelled, Path) else labelled
+    _check_product(dataset, product)
+    not_kept = 0
     with ExitStack() as stack:
-        run = None
-        if out is not None:
-            run = stack.enter_context(open_run(detector, out))
+        run = None if out is None else stack.enter_context(open_run(detector, out))
 
         def each(answer: Inspected[Record], mask: NDArray[np.bool_] | None) -> None:
+            nonlocal not_kept
             if run is not None:
-                pixels = answer.picture.pixels
-                run.add(answer.inspection, pixels, truth=answer.item.defect, mask=mask)
+                truth = answer.item.defect
+                kept = add_or_refuse(run, screen, answer.inspection, answer.picture, truth=truth, mask=mask)
+                not_kept += not kept
 
         def refused(record: Record, refusal: Refusal) -> None:
             screen.say(f"Refused: {refusal.reason}")
@@ -76,19 +87,39 @@ def evaluate_into(
                 run.refuse(refusal, truth=record.defect)
 
         result = detector.evaluate(
-            labelled,
-            product=product,
-            progress=screen.progress,
-            each=each,
-            refused=refused,
+            dataset, product=product, progress=screen.progress, each=each, refused=refused
         )
+        result["num_refused"] = cast(int, result["num_refused"]) + not_kept
         if run is not None:
             run.finish(result)
-    if result["num_seen_in_fit"]:
-        screen.say(
-            f"Note: {result['num_seen_in_fit']} of these pictures were learnt from: that flatters the model."
-        )
+    for note in _notes(result):
+        screen.say(f"Note: {note}")
     return result
+
+
+def _check_product(dataset: Dataset, product: str) -> None:
+    known = {record.product for record in dataset.for_testing() if record.product}
+    if product and product not in known:
+        remedy = nearest_name(product, known) if known else "It names no products: leave --product out."
+        raise UsageError(f"'{dataset.root}' has no test picture of product '{product}'.", remedy)
+
+
+def _notes(result: dict[str, Json]) -> list[str]:
+    """What a reader of the figures should know."""
+    notes = []
+    if result["num_seen_in_fit"]:
+        notes.append(
+            f"{result['num_seen_in_fit']} of these pictures were learnt from: that flatters the model."
+        )
+    if not result["num_defective"]:
+        notes.append("there is no defective picture, so nothing but the false-reject rate can be measured.")
+    if not result["num_good"]:
+        notes.append("there is no good picture, so the false-reject rate cannot be measured.")
+    if result["pictures_without_mask"]:
+        notes.append(
+            f"{result['pictures_without_mask']} defective pictures have no mask: pixel metrics leave them out."
+        )
+    return notes
 
 
 def print_metrics(result: dict[str, Json]) -> None:
@@ -99,8 +130,14 @@ def print_metrics(result: dict[str, Json]) -> None:
         [name, values["num_defective"], *(values[key] for key in SHOWN)]
         for name, values in per_defect.items()
     ]
-    print_table(["defect", "pictures", *SHOWN], rows)
+    print_table(["defect", "n", *SHOWN.values()], rows)
+    print(rates_sentence(result))
+
+
+def rates_sentence(result: dict[str, Json]) -> str:
+    """What was promised for good parts, and what was measured on them."""
     promised, measured = result["frr_promised"], result["frr_measured"]
-    words = "no promise" if promised is None else f"promised {promised:.3f} (on {result['promise_on']})"
-    found = "n/a" if measured is None else f"{measured:.3f} of {result['num_good']} good pictures"
-    print(f"False-reject rate: {words}, measured {found}.")
+    event = "not ok" if result["promise_on"] == "review" else "reject"
+    words = "nothing promised" if promised is None else f"promised at most {promised:.3f} on average"
+    found = "nothing measured" if measured is None else f"measured {measured:.3f}"
+    return f"False-reject rate (good parts judged {event}): {words}, {found}; {result['num_good']} good pictures."

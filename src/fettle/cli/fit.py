@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from fettle.cli.console import Screen, print_facts, print_json
-from fettle.cli.options import AsJson, Out, parse_settings
+from fettle.cli.options import (
+    AsJson,
+    Out,
+    check_choice,
+    check_device,
+    check_model_out,
+    check_share,
+    parse_roi,
+    parse_settings,
+)
+from fettle.cli.runs import say_refused
+from fettle.protocols import Json
+
+if TYPE_CHECKING:
+    from fettle.detector import Detector
 
 
 def fit(
@@ -32,6 +47,9 @@ def fit(
         list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")
     ] = None,
     target_frr: Annotated[float, typer.Option(help="Share of good parts that may be rejected.")] = 0.01,
+    calibration: Annotated[
+        str, typer.Option(help="auto, leave_one_out, holdout, kfold or cross: who judges good pictures.")
+    ] = "auto",
     memory_mib: Annotated[int, typer.Option(help="Memory for the fit besides the network, MiB.")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
@@ -39,6 +57,14 @@ def fit(
 ) -> None:
     """Learn from good pictures alone, set the thresholds, and save the model."""
     from fettle.detector import Detector
+    from fettle.images.framing import FrameMode
+    from fettle.judging import CalibrationMode
+
+    check_choice("frame", frame, get_args(FrameMode))
+    check_choice("calibration", calibration, get_args(CalibrationMode))
+    check_share("target-frr", target_frr)
+    check_device(device)
+    check_model_out(out)
 
     start = time.perf_counter()
     with Screen() as screen:
@@ -50,21 +76,24 @@ def fit(
             weights=weights,
             size=size,
             frame=frame,
-            roi=roi,
+            roi=parse_roi(roi),
             group=group,
             seed=seed,
             settings=parse_settings(set_ or []),
             target_frr=target_frr,
             strict=strict,
+            calibration=calibration,
             memory_mib=memory_mib,
             device=device,
             progress=screen.progress,
             say=screen.say,
         )
         detector.save(out)
-        calibration = detector.calibration
+        refused = _refused(detector.card)
+        say_refused(screen, refused)
         for warning in detector.warnings():
             screen.say(f"Note: {warning}")
+    promised = detector.calibration
     seconds = time.perf_counter() - start
     if as_json:
         print_json(
@@ -72,22 +101,36 @@ def fit(
                 "model": str(out),
                 "method": method,
                 "num_fit": detector.num_fit,
-                "num_calibration": calibration.num_scores,
-                "frr_promised": calibration.frr_promised,
-                "promise_on": calibration.promise_on,
-                "needed": calibration.needed,
+                "num_calibration": promised.num_scores,
+                "frr_promised": promised.frr_promised,
+                "promise_on": promised.promise_on,
+                "needed": promised.needed,
                 "seconds": seconds,
             }
         )
-        return
+    else:
+        _print_model(detector, out, method, preset, seconds)
+    if refused:
+        raise typer.Exit(3)
+
+
+def _print_model(detector: Detector, out: Path, method: str, preset: str, seconds: float) -> None:
+    """What was fitted and what it promises, for a person."""
+    promised = detector.calibration
     print_facts(
         {
             "model": out,
             "method": f"{method}, {preset}, backbone {detector.method.backbone.spec.id}",
             "frame": f"{detector.frame.width} x {detector.frame.height} px: {detector.frame.reason}",
-            "pictures": f"{detector.num_fit} learnt from, {calibration.num_scores} calibrated on",
-            "seconds": round(seconds, 1),
+            "pictures": f"{detector.num_fit} learnt from, {promised.num_scores} calibrated on",
+            "seconds": f"{seconds:.1f}",
         }
     )
-    for sentence in calibration.sentences():
+    for sentence in promised.sentences():
         print(sentence)
+
+
+def _refused(card: Mapping[str, Json]) -> list[str]:
+    """Why pictures were left out of the fit, a sentence each."""
+    data = cast("dict[str, Json]", card["data"])
+    return [refusal["reason"] for refusal in cast("list[dict[str, str]]", data["refused"])]

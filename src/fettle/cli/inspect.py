@@ -9,7 +9,7 @@ import typer
 
 from fettle.cli.console import Screen, print_facts, print_json
 from fettle.cli.options import AsJson, Model, Out
-from fettle.cli.runs import open_run
+from fettle.cli.runs import add_or_refuse, leave_out_own, open_run
 from fettle.protocols import Json
 
 
@@ -32,11 +32,12 @@ def inspect(
     detector = Detector.load(model)
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
     with Screen() as screen, open_run(detector, out, overlays=overlays) as run:
+        pictures = leave_out_own(pictures, out, screen)
         answers = detector.inspect_items(pictures, lambda path: path, product=product, rules=rules)
         for done, answer in enumerate(answers, 1):
             screen.progress("inspecting", done, len(pictures))
             if isinstance(answer, Inspected):
-                run.add(answer.inspection, answer.picture.pixels)
+                add_or_refuse(run, screen, answer.inspection, answer.picture)
             else:
                 run.refuse(answer[1])
                 screen.say(f"Refused: {answer[1].reason}")

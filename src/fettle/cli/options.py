@@ -1,14 +1,16 @@
-"""Options that several commands share."""
+"""Options that several commands share, and their values' checks."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fettle.errors import UsageError
+from fettle.errors import UsageError, nearest_name
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, no words.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
@@ -31,3 +33,70 @@ def parse_settings(pairs: list[str]) -> dict[str, object]:
         except ValueError:
             settings[field.strip()] = value
     return settings
+
+
+def parse_roi(text: str | None) -> tuple[float, float, float, float] | None:
+    """left,top,right,bottom as four numbers. Whether they enclose an area is the frame's to say.
+
+    Raises:
+        UsageError: not four numbers.
+    """
+    if text is None:
+        return None
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--roi {text} is not four numbers.", "Write --roi 0.1,0.1,0.9,0.9.") from None
+    return left, top, right, bottom
+
+
+def check_choice(option: str, value: str | None, known: Iterable[str]) -> None:
+    """Refuse a name that an option does not know, with the nearest that it does.
+
+    Raises:
+        UsageError: not one of `known`; None passes.
+    """
+    names = list(known)
+    if value is not None and value not in names:
+        raise UsageError(f"--{option} cannot be '{value}'.", nearest_name(value, names))
+
+
+def check_share(option: str, value: float | None) -> None:
+    """Refuse a rate that is not between 0 and 1. Raises UsageError; None passes."""
+    if value is not None and not 0 < value < 1:
+        raise UsageError(f"--{option} {value:g} is not between 0 and 1.", "Give a share: 0.01 is 1 %.")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here. Raises UsageError."""
+    import torch
+
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UsageError(
+            f"The device '{device}' cannot be used here ({reason}).",
+            "'fettle doctor' lists the devices; 'cpu' always works.",
+        ) from error
+
+
+def check_model_out(out: Path) -> None:
+    """Refuse a folder that a model cannot be written to: now, not after the work.
+
+    Raises:
+        UsageError: a file, a folder with something else in it, or one that cannot be made or written.
+    """
+    if out.is_dir():
+        ours = (".json", ".safetensors", ".partial")
+        strange = next((path.name for path in sorted(out.iterdir()) if path.suffix not in ours), None)
+        if strange is not None:
+            raise UsageError(f"The folder '{out}' holds '{strange}', so it is no model's.", _ANOTHER)
+    elif out.exists():
+        raise UsageError(f"'{out}' is a file where a folder is meant.", _ANOTHER)
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"The folder '{out}' cannot be written: '{nearest}' does not let it.", _ANOTHER)
+
+
+_ANOTHER = "Name another folder with -o."

@@ -1,19 +1,79 @@
-"""Run folders as the commands open them."""
+"""Run folders as the commands open them, and pictures that a command had to refuse."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fettle.errors import PictureError, UsageError
+
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fettle.cli.console import Screen
     from fettle.detector import Detector
+    from fettle.images.picture import Picture
+    from fettle.inspection import Inspection
     from fettle.report.run_folder import RunWriter
+
+_MOST_NAMED = 20
 
 
 def open_run(detector: Detector, out: Path, *, overlays: bool = False) -> RunWriter:
-    """A writer for the run folder `out`, with the model's card and thresholds."""
+    """A writer for the run folder `out`, with the model's card and thresholds.
+
+    Raises:
+        UsageError: `out` is a file, cannot be written, or holds a model.
+    """
+    from fettle.model_folder import MANIFEST
     from fettle.report.run_folder import RunWriter, Thresholds
 
+    if (out / MANIFEST).exists():
+        raise UsageError(f"'{out}' holds a model.", "Name another folder for the rows with -o.")
     calibration = detector.calibration
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
     return RunWriter(out, card=detector.describe(), thresholds=thresholds, overlays=overlays)
+
+
+def add_or_refuse(
+    run: RunWriter,
+    screen: Screen,
+    inspection: Inspection,
+    picture: Picture,
+    *,
+    truth: str | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> bool:
+    """Write an answer down. One that cannot be kept becomes a refused row, and the run goes on.
+
+    Returns:
+        whether it was written as an answer.
+    """
+    from fettle.inspection import Refusal
+
+    try:
+        run.add(inspection, picture.pixels, truth=truth, mask=mask)
+    except PictureError as error:
+        screen.say(f"Refused: {error}")
+        run.refuse(Refusal(inspection.path, str(error)), truth=truth)
+        return False
+    return True
+
+
+def leave_out_own(pictures: Sequence[Path], out: Path, screen: Screen) -> list[Path]:
+    """The pictures without those that a former run has drawn into OUT, which lies among them."""
+    drawn = {out.absolute() / "panels", out.absolute() / "overlays"}
+    rest = [path for path in pictures if path.absolute().parent not in drawn]
+    if len(rest) < len(pictures):
+        screen.say(f"Note: {len(pictures) - len(rest)} pictures in {out} are a former run's, and left out.")
+    return rest
+
+
+def say_refused(screen: Screen, reasons: Sequence[str]) -> None:
+    """Name refused pictures; the first ones where there are many."""
+    for reason in reasons[:_MOST_NAMED]:
+        screen.say(f"Refused: {reason}")
+    if len(reasons) > _MOST_NAMED:
+        screen.say(f"Refused: {len(reasons) - _MOST_NAMED} more, all named in the model card.")

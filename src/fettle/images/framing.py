@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fettle.errors import PictureError, UsageError
 from fettle.images.picture import Picture
@@ -31,6 +32,42 @@ _FILTERS = {
 _SAME_ASPECT = 0.02  # largest spread of log aspect that still counts as one common aspect
 _AREA_SLACK = 0.15  # a rectangle's area may differ so much from size x size
 _MAX_SIDE = 8192
+_MAX_ROI_SIDE = 1024
+
+
+class RoiMask(BaseModel):
+    """A region of interest of any shape, for pictures that all show the same scene.
+
+    Attributes:
+        height, width: its size, px; it is brought to each picture's size.
+        bits: base64 of the mask's bits, row by row, 1 inside.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    height: int = Field(ge=1, le=_MAX_SIDE)
+    width: int = Field(ge=1, le=_MAX_SIDE)
+    bits: str
+
+    @classmethod
+    def from_array(cls, inside: NDArray[np.bool_]) -> RoiMask:
+        """Keep a mask (H, W), at no more than 1,024 px a side."""
+        factor = min(1.0, _MAX_ROI_SIDE / max(inside.shape))
+        small = _resize_valid(inside, *(max(round(side * factor), 1) for side in inside.shape))
+        bits = base64.b64encode(np.packbits(small).tobytes()).decode()
+        return cls(height=small.shape[0], width=small.shape[1], bits=bits)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if len(base64.b64decode(self.bits, validate=True)) != -(-self.height * self.width // 8):
+            raise ValueError("the region of interest does not have its size")
+        return self
+
+    def array(self) -> NDArray[np.bool_]:
+        """The mask, (height, width) bool."""
+        bits = np.frombuffer(base64.b64decode(self.bits), np.uint8)
+        inside = np.unpackbits(bits, count=self.height * self.width)
+        return inside.reshape(self.height, self.width).astype(bool)
 
 
 class Frame(BaseModel):
@@ -45,6 +82,7 @@ class Frame(BaseModel):
         overlap: "tile" only: px shared by neighbouring tiles.
         resample: filter for resizing; downscaling is antialiased.
         roi: left, top, right, bottom as shares (0..1) of the picture's own size; outside never scores.
+        roi_mask: a region of another shape; outside never scores.
         reason: why this frame, in words.
     """
 
@@ -57,6 +95,7 @@ class Frame(BaseModel):
     overlap: int = Field(default=0, ge=0)
     resample: Resample = "bilinear"
     roi: tuple[float, float, float, float] | None = None
+    roi_mask: RoiMask | None = None
     reason: str = ""
 
     def place(self, picture: Picture) -> Placed:
@@ -171,13 +210,15 @@ class Frame(BaseModel):
 
     def _inside_size(self, size: tuple[int, int]) -> NDArray[np.bool_]:
         height, width = size
-        if self.roi is None:
-            return np.ones(size, bool)
-        left, top, right, bottom = self.roi
-        inside = np.zeros(size, bool)
-        rows = slice(round(top * height), round(bottom * height))
-        columns = slice(round(left * width), round(right * width))
-        inside[rows, columns] = True
+        inside = np.ones(size, bool)
+        if self.roi_mask is not None:
+            inside &= _resize_valid(self.roi_mask.array(), *size)
+        if self.roi is not None:
+            left, top, right, bottom = self.roi
+            inside[: round(top * height)] = False
+            inside[round(bottom * height) :] = False
+            inside[:, : round(left * width)] = False
+            inside[:, round(right * width) :] = False
         return inside
 
 
@@ -210,6 +251,7 @@ def choose_frame(
     *,
     resample: Resample = "bilinear",
     roi: tuple[float, float, float, float] | None = None,
+    roi_mask: RoiMask | None = None,
 ) -> Frame:
     """The concrete frame for the good pictures at hand.
 
@@ -232,7 +274,14 @@ def choose_frame(
 
     def frame(concrete: ConcreteMode, height: int, width: int, reason: str, **more: int) -> Frame:
         return Frame(
-            mode=concrete, height=height, width=width, resample=resample, roi=roi, reason=reason, **more
+            mode=concrete,
+            height=height,
+            width=width,
+            resample=resample,
+            roi=roi,
+            roi_mask=roi_mask,
+            reason=reason,
+            **more,
         )
 
     if mode == "square":

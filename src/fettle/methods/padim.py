@@ -24,6 +24,7 @@ from fettle.protocols import (
     FeatureBatch,
     FeatureStream,
     FitRecord,
+    Json,
     LeftOut,
     Level,
     Maps,
@@ -34,6 +35,7 @@ from fettle.protocols import (
 
 _FEW = 20  # below so many pictures the distance is ruled by directions never seen
 _MIB = 1 << 20
+_PART = 256  # positions that are factorised at once
 
 
 class PadimConfig(BaseModel):
@@ -42,7 +44,10 @@ class PadimConfig(BaseModel):
     Attributes:
         levels: backbone levels, fine to coarse; None takes strides 4, 8 and 16, or three blocks of a ViT.
         channels: d, channels drawn at random from all levels together, one draw for all positions.
-        regulariser: added to each covariance's diagonal.
+        regulariser: least that is added to each covariance's diagonal; 0.01 in the paper.
+        shrinkage: share of the features' mean variance that is added to the diagonal, if more; 0 in the
+            paper. A tenth is what good pictures that were left out find likeliest, on every backbone
+            (`benchmarks/padim_shrinkage.py`).
         grid_stride: average the finer levels to this stride first (8: four times smaller); None: the finest.
         sigma: blur of the map, framed px.
     """
@@ -51,7 +56,8 @@ class PadimConfig(BaseModel):
 
     levels: tuple[str, ...] | None = None
     channels: int = Field(default=100, ge=1, le=4096)
-    regulariser: float = Field(default=0.01, gt=0, le=100)
+    regulariser: float = Field(default=1e-4, gt=0, le=100)
+    shrinkage: float = Field(default=0.1, ge=0, le=10)
     grid_stride: int | None = Field(default=None, ge=2, le=64)
     sigma: float = Field(default=4.0, ge=0, le=100)
 
@@ -71,7 +77,12 @@ class Padim(nn.Module):
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(PadimConfig(), backbone=None, frame="auto", size=256),
-        "paper": Preset(PadimConfig(channels=550), backbone="wide_resnet50_2", frame="crop", size=256),
+        "paper": Preset(
+            PadimConfig(channels=550, regulariser=0.01, shrinkage=0),
+            backbone="wide_resnet50_2",
+            frame="crop",
+            size=256,
+        ),
     }
 
     channels: Tensor
@@ -89,9 +100,12 @@ class Padim(nn.Module):
         self.register_buffer("whitening", torch.empty(0, 0, dtype=torch.float16))  # (P, d(d+1)/2): W = L^-1
         self.register_buffer("grid", torch.zeros(2, dtype=torch.int64))  # (h, w), P = h w
         self.scale = EnergyScale()
-        self._dense: Tensor | None = None  # W unpacked, (P, d, d) fp32; made when first needed
-        self._scatter = torch.empty(0)  # sums of squares (P, d, d): known during the fit only
+        self._dense: Tensor | None = None  # W unpacked, (P, d, d), in the mean's type; made when first needed
+        # Known during the fit only: sums of squares (P, d, d) of the last block, and the blocks of positions.
+        self._scatter = torch.empty(0)
+        self._blocks: list[slice] = []
         self._num_fitted = 0
+        self._diagonal = config.regulariser
 
     @staticmethod
     def choose_levels(offered: Sequence[Level], config: PadimConfig) -> tuple[str, ...]:
@@ -120,63 +134,80 @@ class Padim(nn.Module):
     def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
         """Means and covariances in running sums (section 5.2), then the whitening W = L^-1 in fp16.
 
-        Where the sums do not fit `run.memory_mib`, positions are taken in blocks, a walk each.
+        Where the sums of squares do not fit `run.memory_mib`, positions are taken in blocks, a walk each.
 
         Raises:
-            ConfigError: fewer channels than asked for. DataError: fewer than two pictures.
+            ConfigError: fewer channels than asked for, or a regulariser that is too small for the numbers.
+            DataError: fewer than two pictures, or features that are NaN or infinite.
         """
         self._draw_channels(run)
-        count, height, width = self._measure(good)
+        count, variance = self._measure(good)
         dims = len(self.channels)
-        positions = height * width
         if count < 2:
             raise DataError(
                 f"PaDiM needs at least 2 good pictures, not {count}.",
                 "Give more, or use --method patchcore, which works from one.",
             )
-        room = max(run.memory_mib * _MIB // 2 // (4 * dims * (dims + 1)), 1)
-        blocks = math.ceil(positions / room)
-        if blocks == 1:
-            room = positions
-        mean = torch.zeros(positions, dims)
-        scatter = torch.zeros(positions, dims, dims)
-        for first in range(0, positions, room):
-            part = slice(first, min(first + room, positions))
-            _accumulate((self._rows(batch.features)[part] for batch in good), mean[part], scatter[part])
-        self.grid = torch.tensor([height, width])
-        self.mean = mean
-        self.whitening = self._whiten(scatter, count, run)
+        if not bool(torch.isfinite(self.mean).all()):
+            raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
+        self._num_fitted = count
+        self._diagonal = max(self.config.regulariser, self.config.shrinkage * variance)
+        self._blocks = _blocks(len(self.mean), 4 * dims * dims, run.memory_mib)
+        rows, columns = torch.tril_indices(dims, dims)
+        self.whitening = torch.empty(len(self.mean), len(rows), dtype=torch.float16)
+        for block in self._blocks:
+            self._scatter = self._scatter_of(block, good)
+            for part in _parts(block):
+                inside = slice(part.start - block.start, part.stop - block.start)
+                root = _inverse_root(self._diagonal, self._scatter[inside] / (count - 1))
+                self.whitening[part] = root[:, rows, columns].half()
+                run.progress("whitening", part.stop, len(self.mean))
+        if not bool(torch.isfinite(self.whitening).all()):  # entries reach 1 / sqrt(regulariser)
+            raise _too_small("the whitening exceeds half precision, in which it is stored")
         self._dense = None
-        self._scatter, self._num_fitted = scatter, count
         warnings = []
         if count < _FEW:
             warnings.append(
                 f"PaDiM learnt from {count} pictures only: with fewer pictures than channels ({dims}), "
                 "its distance is ruled by directions never seen."
             )
-        return FitRecord({"positions": positions, "channels": dims, "walks": blocks}, warnings)
+        facts: dict[str, Json] = {
+            "positions": len(self.mean),
+            "channels": dims,
+            "walks": len(self._blocks),
+            "diagonal": self._diagonal,
+        }
+        return FitRecord(facts, warnings)
 
     @torch.no_grad()
     def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
         """Each picture by the Gaussian that its group is taken out of, exactly (section 8.3).
 
-        Taking g pictures out changes the scatter matrix by a matrix of rank g + 1, so that one Cholesky a
+        Taking g pictures out changes the sums of squares by a matrix of rank g + 1, so that one Cholesky a
         group size serves all groups of that size (Woodbury).
         """
         sizes = _group_sizes(good)
-        for size in sorted({size for size in sizes.values() if self._num_fitted - size >= 2}):
-            left = self._num_fitted - size
-            basis = self._inverse_root(self.config.regulariser * (left - 1), self._scatter)
-            for batch in _by_group(good, sizes, size):
-                rows = self._rows(batch.features)  # (P, g, d)
-                squared = left_out_distances(rows - self.mean[:, None], basis, left)  # (P, g)
-                distance = squared.sqrt().T.reshape(-1, *self.grid.tolist())  # (g, h, w)
-                for i, (key, group) in enumerate(zip(batch.keys, batch.groups, strict=True)):
-                    valid = batch.valid[i : i + 1]
-                    tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))
-                    maps = self._maps(distance[i : i + 1], valid)
-                    yield LeftOut(key, group, maps, valid, distance[i : i + 1][tokens])
+        squared: dict[str, Tensor] = {}  # by picture, (P,)
+        for block in self._blocks:
+            if len(self._blocks) > 1:
+                self._scatter = self._scatter_of(block, good)
+            for size in sorted({size for size in sizes.values() if self._num_fitted - size >= 2}):
+                left = self._num_fitted - size
+                basis = _inverse_root(self._diagonal * (left - 1), self._scatter)
+                for batch in _by_group(good, sizes, size):
+                    deviations = self._rows(batch.features)[block] - self.mean[block, None]
+                    distances = left_out_distances(deviations, basis, left)  # (block, g)
+                    for key, one in zip(batch.keys, distances.T, strict=True):
+                        squared.setdefault(key, self.mean.new_empty(len(self.mean)))[block] = one
         self._scatter = torch.empty(0)
+        for batch in good:
+            for single in _split(batch):
+                (key,), (group,) = single.keys, single.groups
+                if key in squared:
+                    distance = squared.pop(key).sqrt().reshape(1, *self.grid.tolist())
+                    tokens = valid_tokens(single.valid, (distance.shape[-2], distance.shape[-1]))
+                    maps = self._maps(distance, single.valid)
+                    yield LeftOut(key, group, maps, single.valid, distance[tokens])
 
     def settle(self, energies: Tensor) -> None:
         self.scale.settle(energies)
@@ -234,60 +265,92 @@ class Padim(nn.Module):
         self.mean = torch.empty(0, 0)
         self.grid = torch.zeros(2, dtype=torch.int64)
 
-    def _measure(self, good: FeatureStream) -> tuple[int, int, int]:
-        """Number of pictures (views) and the grid's height and width."""
-        count = height = width = 0
+    def _measure(self, good: FeatureStream) -> tuple[int, float]:
+        """Walk once: set mean and grid; number of pictures, and the mean variance of all features."""
+        count = 0
+        mean = squares = torch.empty(0)
         for batch in good:
-            finest = batch.features[self.levels[0]]
-            count += len(finest)
-            height, width = finest.shape[-2:]
-        return count, height, width
+            rows = self._rows(batch.features)  # (P, b, d)
+            if not count:
+                grid = batch.features[self.levels[0]].shape[-2:]
+                mean, squares = rows.new_zeros(rows.shape[0], rows.shape[2]), rows.new_zeros(len(rows))
+            centred, shift = _centred(rows, mean, count)
+            squares += centred.square().sum(dim=(1, 2))
+            mean += shift
+            count += rows.shape[1]
+        if count:
+            self.mean, self.grid = mean, torch.tensor(grid)
+        return count, float(squares.mean()) / (max(count - 1, 1) * max(len(self.channels), 1))
 
-    def _whiten(self, scatter: Tensor, count: int, run: Run) -> Tensor:
-        """Packed lower triangles of W = L^-1, with L L^T = scatter / (n - 1) + regulariser I."""
-        dims = scatter.shape[-1]
-        rows, columns = torch.tril_indices(dims, dims)
-        packed = torch.empty(len(scatter), len(rows), dtype=torch.float16)
-        for first in range(0, len(scatter), 256):
-            part = scatter[first : first + 256] / (count - 1)
-            packed[first : first + 256] = self._inverse_root(self.config.regulariser, part)[
-                :, rows, columns
-            ].half()
-            run.progress("whitening", min(first + 256, len(scatter)), len(scatter))
-        return packed
-
-    @staticmethod
-    def _inverse_root(diagonal: float, matrices: Tensor) -> Tensor:
-        """L^-1 of L L^T = matrices + diagonal I, lower triangular, (P, d, d)."""
-        eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
-        result = torch.empty_like(matrices)
-        for first in range(0, len(matrices), 256):
-            factor = torch.linalg.cholesky(matrices[first : first + 256] + diagonal * eye)
-            result[first : first + 256] = torch.linalg.solve_triangular(factor, eye, upper=False)
-        return result
+    def _scatter_of(self, block: slice, good: FeatureStream) -> Tensor:
+        """Sums of squares about the mean of a block of positions, (P, d, d), in one walk (Chan et al.)."""
+        dims = len(self.channels)
+        mean = self.mean.new_zeros(block.stop - block.start, dims)
+        scatter = self.mean.new_zeros(block.stop - block.start, dims, dims)
+        accumulate((self._rows(batch.features)[block] for batch in good), mean, scatter)
+        return scatter
 
     def _dense_whitening(self) -> Tensor:
-        if self._dense is None or self._dense.device != self.whitening.device:
-            dims = self.mean.shape[1]
-            rows, columns = torch.tril_indices(dims, dims, device=self.whitening.device)
-            dense = torch.zeros(len(self.whitening), dims, dims, device=self.whitening.device)
-            dense[:, rows, columns] = self.whitening.float()
+        mean = self.mean
+        if self._dense is None or (self._dense.device, self._dense.dtype) != (mean.device, mean.dtype):
+            dims = mean.shape[1]
+            rows, columns = torch.tril_indices(dims, dims, device=mean.device)
+            dense = mean.new_zeros(len(self.whitening), dims, dims)
+            dense[:, rows, columns] = self.whitening.to(mean)
             self._dense = dense
         return self._dense
 
 
-def _accumulate(batches: Iterator[Tensor], mean: Tensor, scatter: Tensor) -> None:
+def _too_small(why: str) -> ConfigError:
+    return ConfigError(
+        f"PaDiM's regulariser is too small: {why}.", "Raise regulariser or shrinkage with --set."
+    )
+
+
+def accumulate(batches: Iterator[Tensor], mean: Tensor, scatter: Tensor) -> None:
     """Running mean (P, d) and sums of squares (P, d, d) over rows (P, b, d), in place (Chan et al.)."""
     count = 0
     for rows in batches:
-        size = rows.shape[1]
-        batch_mean = rows.mean(dim=1)  # (P, d)
-        centred = rows - batch_mean[:, None]
-        shift = (batch_mean - mean) * math.sqrt(count * size / (count + size))
-        centred = torch.cat([centred, shift[:, None]], dim=1)  # (P, b + 1, d)
+        centred, shift = _centred(rows, mean, count)
         scatter.baddbmm_(centred.mT, centred)
-        mean += (batch_mean - mean) * (size / (count + size))
-        count += size
+        mean += shift
+        count += rows.shape[1]
+
+
+def _centred(rows: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows whose squares belong to the sums of squares after `count` earlier rows, and the mean's shift.
+
+    (P, b, d), (P, d) -> (P, b + 1, d): deviations from the batch's own mean, and the mean's own share.
+    """
+    size = rows.shape[1]
+    batch_mean = rows.mean(dim=1)  # (P, d)
+    apart = batch_mean - mean
+    share = apart * math.sqrt(count * size / (count + size))
+    return torch.cat([rows - batch_mean[:, None], share[:, None]], dim=1), apart * (size / (count + size))
+
+
+def _blocks(positions: int, bytes_each: int, memory_mib: int) -> list[slice]:
+    """Blocks of positions whose sums of squares, and one copy of them, fit the memory."""
+    room = max(memory_mib * _MIB // (2 * bytes_each), 1)
+    return [slice(first, min(first + room, positions)) for first in range(0, positions, room)]
+
+
+def _parts(block: slice) -> Iterator[slice]:
+    """A block in small parts, for factorisations that make copies."""
+    for first in range(block.start, block.stop, _PART):
+        yield slice(first, min(first + _PART, block.stop))
+
+
+def _inverse_root(diagonal: float, matrices: Tensor) -> Tensor:
+    """L^-1 of L L^T = matrices + diagonal I, lower triangular, (P, d, d)."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    result = torch.empty_like(matrices)
+    for first in range(0, len(matrices), _PART):
+        factor, failed = torch.linalg.cholesky_ex(matrices[first : first + _PART] + diagonal * eye)
+        if bool(failed.any()):
+            raise _too_small("a covariance is not positive definite in single precision")
+        result[first : first + _PART] = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return result
 
 
 def left_out_distances(deviations: Tensor, basis: Tensor, left: int) -> Tensor:
@@ -303,6 +366,9 @@ def left_out_distances(deviations: Tensor, basis: Tensor, left: int) -> Tensor:
 
     Returns:
         (P, g).
+
+    Raises:
+        ConfigError: a regulariser so small against the deviations that the answer would be rounding.
     """
     size = deviations.shape[1]
     group_mean = deviations.mean(dim=1, keepdim=True)
@@ -312,7 +378,11 @@ def left_out_distances(deviations: Tensor, basis: Tensor, left: int) -> Tensor:
     v = removed @ basis.mT  # (P, g + 1, d)
     inner = torch.eye(size + 1, dtype=v.dtype, device=v.device) - v @ v.mT
     cross = v @ z.mT  # (P, g + 1, g)
-    factor, _ = torch.linalg.cholesky_ex(inner + 1e-7 * torch.eye(size + 1, dtype=v.dtype, device=v.device))
+    rounding = torch.finfo(v.dtype).eps * torch.eye(size + 1, dtype=v.dtype, device=v.device)
+    factor, failed = torch.linalg.cholesky_ex(inner + rounding)
+    least = factor.diagonal(dim1=1, dim2=2).square().amin()  # its rounding is about eps / least of the answer
+    if bool(failed.any()) or float(least) < 100 * torch.finfo(v.dtype).eps:
+        raise _too_small("the difference that one picture makes is lost in rounding")
     part = torch.linalg.solve_triangular(factor, cross, upper=False)
     squared: Tensor = (z.square().sum(dim=2) + part.square().sum(dim=1)) * (left - 1)
     return squared

@@ -150,7 +150,8 @@ class PatchCore(nn.Module):
             patches = batch.features["patches"]
             tokens = valid_tokens(batch.valid, (patches.shape[-2], patches.shape[-1]))
             if stream is None:
-                expected = int(tokens.float().mean().item() * tokens[0].numel() * good.num_pictures)
+                # A picture may come as several views (tiles), always in one batch.
+                expected = round(int(tokens.sum()) / len(set(batch.keys)) * good.num_pictures)
                 stream = self._new_stream(patches.shape[1], expected, run)
             rows = patches.permute(0, 2, 3, 1)  # (B, h, w, D)
             for picture, picture_tokens, group in zip(rows, tokens, batch.groups, strict=True):
@@ -210,8 +211,8 @@ class PatchCore(nn.Module):
             patches = batch.features["patches"]
             for i, (key, group) in enumerate(zip(batch.keys, batch.groups, strict=True)):
                 others = self.bank[self._owners != self._owner_of[group]]
-                if len(others) == 0:  # one group only: nobody is left to judge it
-                    return
+                if len(others) == 0:  # the whole bank is its own: nobody is left to judge it
+                    continue
                 one, valid = patches[i : i + 1], batch.valid[i : i + 1]
                 distance, index = self._search(one, others)
                 tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))

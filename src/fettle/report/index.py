@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from fettle.protocols import Json
 from fettle.report.page import template_environment
+from fettle.report.tables import NOT_KNOWN, percent, ratio
 
 _COLUMNS = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
     "pixel_ap": "pixel AP",
     "aupro": "AUPRO",
-    "frr_measured": "false rejects",
-    "escape_rate": "escapes",
 }
+_RATES = ("promised for good parts", "measured on good parts", "escapes")
+_NO_PROMISE = "nothing"
 
 
 def write_index(path: Path, results: Mapping[str, Mapping[str, Json]], reports: Mapping[str, Path]) -> Path:
@@ -34,16 +36,24 @@ def write_index(path: Path, results: Mapping[str, Mapping[str, Json]], reports: 
     assert loader is not None
     style, _, _ = loader.get_source(environment, "style.css")
     rows = [
-        (name, Path(os.path.relpath(reports[name], path.parent)).as_posix(), [_cell(r[k]) for k in _COLUMNS])
+        (name, quote(Path(os.path.relpath(reports[name], path.parent)).as_posix()), _cells(r))
         for name, r in results.items()
     ]
     html = environment.get_template("index.html.j2").render(
-        style=Markup(style), columns=list(_COLUMNS.values()), rows=rows
+        style=Markup(style), columns=[*_COLUMNS.values(), *_RATES], rows=rows
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
     return path
 
 
-def _cell(value: Json) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "n/a"
+def _cells(result: Mapping[str, Json]) -> list[str]:
+    """One product's figures in the order of the columns."""
+    on = "not ok" if result["promise_on"] == "review" else "reject"
+    promised, measured = result["frr_promised"], result["frr_measured"]
+    return [
+        *(ratio(result[key]) for key in _COLUMNS),
+        _NO_PROMISE if promised is None else f"at most {percent(promised)} {on}",
+        NOT_KNOWN if measured is None else f"{percent(measured)} {on}",
+        percent(result["escape_rate"]),
+    ]

@@ -64,7 +64,6 @@ _RATES = {
 _NOTES = {
     "image_f1max": "the best threshold in hindsight, chosen on these labels",
     "pixel_f1max": "the best threshold in hindsight, chosen on these labels",
-    "frr_measured": "good pictures judged reject",
     "escape_rate": "defective pictures judged ok",
 }
 _PER_DEFECT = {
@@ -74,6 +73,9 @@ _PER_DEFECT = {
     "aupro": "AUPRO 0.3",
     "aupro_005": "AUPRO 0.05",
 }
+
+
+_COUNTED = {"review": "good pictures not judged ok", "reject": "good pictures judged reject"}
 
 
 def figure_groups(metrics: Mapping[str, Json]) -> list[tuple[str, list[Figure]]]:
@@ -99,7 +101,7 @@ def _rates(metrics: Mapping[str, Json]) -> list[Figure]:
     for key, (label, interval_key) in _RATES.items():
         if key not in metrics:
             continue
-        note = _NOTES.get(key, "")
+        note = counted_event(metrics) if key == "frr_measured" else _NOTES.get(key, "")
         interval = metrics.get(interval_key)
         if isinstance(interval, list) and len(interval) == 2:
             low, high = percent(interval[0]), percent(interval[1])
@@ -109,6 +111,11 @@ def _rates(metrics: Mapping[str, Json]) -> list[Figure]:
         note = "chance of at least so many false rejects if the promise holds"
         figures.append(Figure("p-value of the promise", ratio(metrics["frr_p_value"]), note))
     return figures
+
+
+def counted_event(metrics: Mapping[str, Json]) -> str:
+    """What the measured false-reject rate counts: the event that the promise is on, rejects without one."""
+    return _COUNTED["review" if metrics.get("promise_on") == "review" else "reject"]
 
 
 def defect_table(counts: Mapping[str, Counts], metrics: Mapping[str, Json]) -> Table:
