@@ -26,7 +26,9 @@ SHARES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("good", type=Path)
     parser.add_argument("--backbone", default=registry.DEFAULT_BACKBONE)
     parser.add_argument("--pictures", type=int, default=150)
@@ -40,12 +42,13 @@ def main() -> None:
     stream = GoodFeatures(method, good, frame, device="cpu", progress=no_progress, what="")
     method._draw_channels(Run())
     rows = torch.cat([method._rows(batch.features) for batch in stream], dim=1).double()  # (P, n, d)
-    count, dims = rows.shape[1:]
+    count = rows.shape[1]
     scatter = (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True))
     variance = float(scatter.diagonal(dim1=1, dim2=2).mean()) / (count - 1)
     print(f"{arguments.good.name}, {arguments.backbone}: {count} pictures, mean variance {variance:.4g}")
     for share in SHARES:
-        print(f"  share {share:7.4f}  diagonal {share * variance:8.4g}  {loss(rows, scatter, share * variance):.4f}")
+        found = loss(rows, scatter, share * variance)
+        print(f"  share {share:7.4f}  diagonal {share * variance:8.4g}  {found:.4f}")
 
 
 def loss(rows: torch.Tensor, scatter: torch.Tensor, diagonal: float) -> float:
