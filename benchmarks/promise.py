@@ -2,7 +2,7 @@
 
     python benchmarks/promise.py [--pictures 100] [--test 100] [--method patchcore]
 
-Renders every procedural product, fits, and counts the event that the promise is on among fresh good pictures.
+Renders every procedural product, fits, and counts the event that the promise is on, among fresh good parts.
 Records of `accuracy.py` (real sets; square frames, seed 0) are tested beside them where they exist. The screw's
 original split is left out: its good test pictures were taken under other light, so that no promise can hold.
 With S sets the alarm is p < 0.05 / S (Bonferroni).
@@ -44,11 +44,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name, result in results:
         low, high = result["frr_interval"]
-        print(
-            f"| {name} | {result['num_calibration']} | {result['frr_promised']:.3g} on {result['promise_on']} | "
-            f"{result['num_good']} | {result['frr_measured']:.3f} | {low:.3f} to {high:.3f} | "
-            f"{result['frr_p_value']:.3f} |"
-        )
+        promise = f"{result['frr_promised']:.3g} on {result['promise_on']}"
+        measured = f"{result['frr_measured']:.3f} | {low:.3f} to {high:.3f} | {result['frr_p_value']:.3f}"
+        print(f"| {name} | {result['num_calibration']} | {promise} | {result['num_good']} | {measured} |")
     least = min(result["frr_p_value"] for _, result in results)
     print(f"\nLeast p {least:.4f} of {len(results)} sets; alarm below {0.05 / len(results):.4f}.")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fettle.errors import PictureError, UsageError
-from fettle.images.framing import Frame, best_rectangle, choose_frame
+from fettle.images.framing import Frame, RoiMask, best_rectangle, choose_frame
 from fettle.images.picture import Picture
 
 
@@ -105,6 +105,23 @@ def test_region_of_interest_is_the_only_valid_part() -> None:
     assert valid[:50, 100:].all()
     assert valid.sum() == 50 * 100
     assert placed.valid.sum() == 32 * 32
+
+
+def test_region_of_any_shape_is_kept_and_applied() -> None:
+    y, x = np.mgrid[:100, :200]
+    disc = (y - 50) ** 2 + (x - 100) ** 2 < 40**2
+    frame = choose_frame("square", 64, [(100, 200)], 32, roi_mask=RoiMask.from_array(disc))
+    frame = Frame.model_validate_json(frame.model_dump_json())
+    one = picture(100, 200)
+    _, valid = frame.restore(np.ones((1, 64, 64), np.float32), frame.place(one), one.size)
+    np.testing.assert_array_equal(valid, disc)
+    larger, _ = frame.restore(np.ones((1, 64, 64), np.float32), frame.place(picture(200, 400)), (200, 400))
+    assert larger[100, 200] == 1 and larger[5, 5] == 0
+
+
+def test_damaged_region_of_interest_is_refused() -> None:
+    with pytest.raises(ValueError, match="size"):
+        RoiMask(height=10, width=10, bits="AAAA")
 
 
 def test_empty_region_of_interest_is_refused() -> None:

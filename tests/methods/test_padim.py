@@ -22,7 +22,9 @@ FOUR = torch.tensor([(1, 0), (0, 1), (2, 1), (1, 2)], dtype=torch.float64)[None]
 
 
 def padim(**settings: object) -> Padim:
-    config = make_config(Padim, "compact", {"channels": TOTAL, "regulariser": 0.01, "shrinkage": 0, **settings})
+    config = make_config(
+        Padim, "compact", {"channels": TOTAL, "regulariser": 0.01, "shrinkage": 0, **settings}
+    )
     assert isinstance(config, PadimConfig)
     levels = Padim.choose_levels(TINY_LEVELS, config)
     return Padim(load_backbone("tiny", levels, weights="random"), config, levels).eval()
