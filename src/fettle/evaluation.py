@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fettle.inspection import Inspection, Verdict
+from fettle.metrics.overlap import PerImageOverlap
 from fettle.metrics.pixel import PixelMetrics
 from fettle.metrics.pixel_scores import PixelScores
 from fettle.metrics.ranking import GOOD, ImageScores, image_metrics
@@ -34,6 +35,8 @@ class Evaluation:
         self._defects: list[str] = []
         self._verdicts: list[Verdict] = []
         self._pixels = PixelMetrics()
+        self._overlap = PerImageOverlap()
+        self._paths: list[str] = []
 
     def update(self, inspection: Inspection, defect: str, mask: NDArray[np.bool_] | None) -> None:
         """Take one picture in.
@@ -49,6 +52,11 @@ class Evaluation:
         self._pixels.update(
             inspection.anomaly_map, mask, defect=defect, valid=inspection.valid, path=inspection.path
         )
+        if defect == GOOD:
+            self._overlap.add_good(inspection.anomaly_map, inspection.valid)
+        elif mask is not None:
+            self._overlap.add_defective(inspection.path, inspection.anomaly_map, mask, inspection.valid)
+        self._paths.append(inspection.path)
         self._scores.append(inspection.score)
         self._defects.append(defect)
         self._verdicts.append(inspection.verdict)
@@ -61,11 +69,13 @@ class Evaluation:
         """
         images = image_metrics(self._scores, self._defects)
         pixels = self._pixels.compute()
+        overlap = self._overlap.compute()
         good = [v for v, d in zip(self._verdicts, self._defects, strict=True) if d == GOOD]
         per_defect: dict[str, Json] = {
             name: {
                 **_image_keys(images.per_defect[name]),
                 **_pixel_keys(pixels.per_defect[name]),
+                "aupimo": overlap.mean(self._paths_of(name)),
                 **self._escapes(name),
             }
             for name in images.per_defect
@@ -73,6 +83,7 @@ class Evaluation:
         return {
             **_image_keys(images.overall),
             **_pixel_keys(pixels),
+            "aupimo": overlap.mean(),
             **self._good_rates(good),
             **self._escapes(None),
             "num_good": len(good),
@@ -88,6 +99,9 @@ class Evaluation:
             "seconds_per_image": seconds / len(self._scores) if self._scores else None,
             "per_defect": per_defect,
         }
+
+    def _paths_of(self, name: str) -> set[str]:
+        return {path for path, defect in zip(self._paths, self._defects, strict=True) if defect == name}
 
     def _good_rates(self, good: list[Verdict]) -> dict[str, Json]:
         """The false-reject rate counts the event that the promise is on (metrics.md section 6)."""
