@@ -236,7 +236,7 @@ class Detector:
         judged = gather_judged(views, len(fresh))
         calibration = calibrate(
             judged.scores,
-            target_frr=target_frr or self.calibration.alpha_reject,
+            target_frr=self.calibration.alpha_reject if target_frr is None else target_frr,
             mode="holdout",
             groups=judged.groups if gathered.column else None,
             pixel_statistics=judged.pixel_statistics or None,
@@ -290,7 +290,8 @@ class Detector:
             if not isinstance(card, dict):
                 raise TypeError("its card is no object")
             backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
-            parts = ["method", *sorted(part for part in stored.tensors if part.startswith("fold"))]
+            num_folds = sum(part.startswith("fold") for part in stored.tensors)
+            parts = ["method", *(f"fold{number}" for number in range(num_folds))]
             methods = [method_class(backbone, config, levels) for _ in parts]
             for method, part in zip(methods, parts, strict=True):
                 _load_learnt(cast(torch.nn.Module, method), stored.tensors[part])
@@ -414,6 +415,8 @@ def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> 
         place, _, last = name.rpartition(".")
         module = method.get_submodule(place)
         if name in buffers:
+            if (tensor.dtype, tensor.ndim) != (buffers[name].dtype, buffers[name].ndim):
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
             setattr(module, last, tensor)
         elif getattr(module, last).shape == tensor.shape:
             getattr(module, last).data.copy_(tensor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fettle.errors import MetricError
 from fettle.inspection import Inspection, Verdict
 from fettle.metrics.overlap import PerImageOverlap
 from fettle.metrics.pixel import PixelMetrics
@@ -36,7 +37,7 @@ class Evaluation:
         self._verdicts: list[Verdict] = []
         self._pixels = PixelMetrics()
         self._overlap = PerImageOverlap()
-        self._paths: list[str] = []
+        self._paths: dict[str, None] = {}  # in their order
 
     def update(self, inspection: Inspection, defect: str, mask: NDArray[np.bool_] | None) -> None:
         """Take one picture in.
@@ -49,6 +50,8 @@ class Evaluation:
         Raises:
             MetricError: map, mask or label that no metric may be computed from; nothing is taken in then.
         """
+        if inspection.path in self._paths:
+            raise MetricError(f"The picture '{inspection.path}' came twice.", "List each picture once.")
         self._pixels.update(
             inspection.anomaly_map, mask, defect=defect, valid=inspection.valid, path=inspection.path
         )
@@ -56,7 +59,7 @@ class Evaluation:
             self._overlap.add_good(inspection.anomaly_map, inspection.valid)
         elif mask is not None:
             self._overlap.add_defective(inspection.path, inspection.anomaly_map, mask, inspection.valid)
-        self._paths.append(inspection.path)
+        self._paths[inspection.path] = None
         self._scores.append(inspection.score)
         self._defects.append(defect)
         self._verdicts.append(inspection.verdict)

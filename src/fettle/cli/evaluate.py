@@ -117,7 +117,7 @@ def _notes(result: dict[str, Json]) -> list[str]:
         notes.append("there is no good picture, so the false-reject rate cannot be measured.")
     if result["pictures_without_mask"]:
         notes.append(
-            f"{result['pictures_without_mask']} defective pictures have no mask: pixel metrics leave them out."
+            f"{result['pictures_without_mask']} defective pictures have no mask and are in no pixel metric."
         )
     return notes
 
@@ -140,4 +140,5 @@ def rates_sentence(result: dict[str, Json]) -> str:
     event = "not ok" if result["promise_on"] == "review" else "reject"
     words = "nothing promised" if promised is None else f"promised at most {promised:.3f} on average"
     found = "nothing measured" if measured is None else f"measured {measured:.3f}"
-    return f"False-reject rate (good parts judged {event}): {words}, {found}; {result['num_good']} good pictures."
+    rate = f"False-reject rate (good parts judged {event})"
+    return f"{rate}: {words}, {found}; {result['num_good']} good pictures."

@@ -39,6 +39,9 @@ def fit(
     roi: Annotated[
         str | None, typer.Option(help="Region of interest: left,top,right,bottom as shares in 0..1.")
     ] = None,
+    roi_mask: Annotated[
+        Path | None, typer.Option(help="Mask picture, white inside the region of interest.")
+    ] = None,
     group: Annotated[
         str | None, typer.Option(help="Manifest column of pictures that belong together.")
     ] = None,
@@ -77,6 +80,7 @@ def fit(
             size=size,
             frame=frame,
             roi=parse_roi(roi),
+            roi_mask=roi_mask,
             group=group,
             seed=seed,
             settings=parse_settings(set_ or []),

@@ -20,7 +20,7 @@ def inspect(
     product: Annotated[str, typer.Option(help="The product's name, kept in each row.")] = "",
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write full-size overlays.")] = False,
     mm_per_pixel: Annotated[float | None, typer.Option(help="Scale, for areas and lengths in mm.")] = None,
-    min_area: Annotated[int, typer.Option(help="Smaller regions are left out, px.")] = 1,
+    min_area: Annotated[int, typer.Option(min=1, help="Smaller regions are left out, px.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Inspect pictures: rows as JSONL, CSV and Parquet, and pictures for the report."""

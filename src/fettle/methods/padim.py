@@ -35,6 +35,7 @@ from fettle.protocols import (
 
 _FEW = 20  # below so many pictures the distance is ruled by directions never seen
 _MIB = 1 << 20
+_TOGETHER = 16  # pictures that are left out at once: the basis is then read once for all of them
 _PART = 256  # positions that are factorised at once
 
 
@@ -196,7 +197,8 @@ class Padim(nn.Module):
                 basis = _inverse_root(self._diagonal * (left - 1), self._scatter)
                 for batch in _by_group(good, sizes, size):
                     deviations = self._rows(batch.features)[block] - self.mean[block, None]
-                    distances = left_out_distances(deviations, basis, left)  # (block, g)
+                    by_group = deviations.reshape(len(deviations), -1, size, deviations.shape[2])
+                    distances = left_out_distances(by_group, basis, left).flatten(1)  # (block, b)
                     for key, one in zip(batch.keys, distances.T, strict=True):
                         squared.setdefault(key, self.mean.new_empty(len(self.mean)))[block] = one
         self._scatter = torch.empty(0)
@@ -360,31 +362,32 @@ def left_out_distances(deviations: Tensor, basis: Tensor, left: int) -> Tensor:
     M - U^T U, where U holds D and (g / sqrt(n')) mean(D).
 
     Args:
-        deviations: D, (P, g, d).
+        deviations: D, (P, ..., g, d); dimensions between are groups apart.
         basis: inverse root of M + regulariser (n' - 1) I, (P, d, d).
         left: n', pictures that stay, at least 2.
 
     Returns:
-        (P, g).
+        (P, ..., g).
 
     Raises:
         ConfigError: a regulariser so small against the deviations that the answer would be rounding.
     """
-    size = deviations.shape[1]
-    group_mean = deviations.mean(dim=1, keepdim=True)
-    removed = torch.cat([deviations, group_mean * (size / math.sqrt(left))], dim=1)  # U, (P, g + 1, d)
-    shifted = deviations + group_mean * (size / left)  # from the mean of those who stay
-    z = shifted @ basis.mT  # (P, g, d)
-    v = removed @ basis.mT  # (P, g + 1, d)
+    size = deviations.shape[-2]
+    y = (deviations.reshape(len(basis), -1, deviations.shape[-1]) @ basis.mT).reshape(deviations.shape)
+    group_mean = y.mean(dim=-2, keepdim=True)
+    v = torch.cat([y, group_mean * (size / math.sqrt(left))], dim=-2)  # U in the basis, (P, ..., g + 1, d)
+    z = y + group_mean * (size / left)  # deviations from the mean of those who stay, (P, ..., g, d)
     inner = torch.eye(size + 1, dtype=v.dtype, device=v.device) - v @ v.mT
-    cross = v @ z.mT  # (P, g + 1, g)
+    cross = v @ z.mT  # (P, ..., g + 1, g)
     rounding = torch.finfo(v.dtype).eps * torch.eye(size + 1, dtype=v.dtype, device=v.device)
     factor, failed = torch.linalg.cholesky_ex(inner + rounding)
-    least = factor.diagonal(dim1=1, dim2=2).square().amin()  # its rounding is about eps / least of the answer
+    least = (
+        factor.diagonal(dim1=-2, dim2=-1).square().amin()
+    )  # its rounding is about eps / least of the answer
     if bool(failed.any()) or float(least) < 100 * torch.finfo(v.dtype).eps:
         raise _too_small("the difference that one picture makes is lost in rounding")
     part = torch.linalg.solve_triangular(factor, cross, upper=False)
-    squared: Tensor = (z.square().sum(dim=2) + part.square().sum(dim=1)) * (left - 1)
+    squared: Tensor = (z.square().sum(dim=-1) + part.square().sum(dim=-2)) * (left - 1)
     return squared
 
 
@@ -397,17 +400,25 @@ def _group_sizes(good: FeatureStream) -> dict[str, int]:
 
 
 def _by_group(good: FeatureStream, sizes: dict[str, int], size: int) -> Iterator[FeatureBatch]:
-    """The pictures of each group of this size together; a group is never spread over the stream."""
-    pending: list[FeatureBatch] = []
+    """Pictures of several groups of this size together; each group is whole, the stream spreads none."""
     singles = (single for batch in good for single in _split(batch) if sizes[single.groups[0]] == size)
+    pending: list[FeatureBatch] = []
     for _, members in groupby(singles, key=lambda single: single.groups[0]):
-        pending = list(members)
-        yield FeatureBatch(
-            {name: torch.cat([one.features[name] for one in pending]) for name in pending[0].features},
-            torch.cat([one.valid for one in pending]),
-            tuple(one.keys[0] for one in pending),
-            tuple(one.groups[0] for one in pending),
-        )
+        pending += members
+        if len(pending) >= _TOGETHER:
+            yield _joined(pending)
+            pending = []
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(parts: list[FeatureBatch]) -> FeatureBatch:
+    return FeatureBatch(
+        {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        torch.cat([part.valid for part in parts]),
+        tuple(part.keys[0] for part in parts),
+        tuple(part.groups[0] for part in parts),
+    )
 
 
 def _split(batch: FeatureBatch) -> Iterator[FeatureBatch]:
