@@ -3,9 +3,9 @@
     python benchmarks/promise.py [--pictures 100] [--test 100] [--method patchcore]
 
 Renders every procedural product, fits, and counts the event that the promise is on, among fresh good parts.
-Records of `accuracy.py` (real sets; square frames, seed 0) are tested beside them where they exist. The screw's
-original split is left out: its good test pictures were taken under other light, so that no promise can hold.
-With S sets the alarm is p < 0.05 / S (Bonferroni).
+Records of `accuracy.py` (real sets; square frames, seed 0) are tested beside them where they exist. The
+screw's original split is left out: its good test pictures were taken under other light, so that no promise
+can hold. With S sets the alarm is p < 0.05 / S (Bonferroni).
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fettle.backbones import BackboneEntry, register_backbone
 from fettle.protocols import Level
 
+torch.set_num_threads(1)  # tiny networks gain nothing from threads, and lose much beside other work
+
 TINY_LEVELS = (Level("stride4", 8, 4), Level("stride8", 12, 8), Level("stride16", 16, 16))
 
 

@@ -404,11 +404,15 @@ def test_model_without_one_of_its_parts_is_refused(saved: Path, key: str) -> Non
         Detector.load(saved)
 
 
-@pytest.mark.parametrize("key", ["config", "levels", "backbone", "frame", "calibration", "card"])
-@pytest.mark.parametrize("value", [None, 3, "words", [1, 2], {"a": 1}])
+WRONG: list[Json] = [None, 3, "words", [1, 2], {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("config", "levels", "backbone", "frame", "calibration") for value in WRONG]
+    + [("card", value) for value in WRONG if not isinstance(value, dict)],  # a card may hold anything
+)
 def test_part_of_another_kind_is_refused(saved: Path, key: str, value: Json) -> None:
-    if key == "card" and isinstance(value, dict):
-        pytest.skip("a card may hold anything")
     change(saved, lambda manifest: manifest.update({key: value}))
     with pytest.raises(FettleError):
         Detector.load(saved)

@@ -59,7 +59,7 @@ class FitRequest(BaseModel):
     target_frr: float = Field(default=0.01, gt=0, lt=1)
     strict: bool = False
     calibration: CalibrationMode = "auto"
-    memory_mib: int = Field(default=256, ge=16)
+    memory_mib: int = Field(default=512, ge=32)
     device: str = "cpu"
 
 
@@ -105,7 +105,8 @@ def fit_parts(
     method_class = find_method(request.method)
     config = make_config(method_class, request.preset, request.settings)
     preset = method_class.presets[request.preset]
-    run = Run(request.seed, request.device, request.memory_mib, progress, say)
+    # Half for the method, half for features that are kept for a second walk.
+    run = Run(request.seed, request.device, request.memory_mib // 2, progress, say)
     good = gather_good(dataset, request.group, progress)
     name = request.backbone or (None if request.weights else preset.backbone)
     levels = _levels(method_class, config, name, request.weights)

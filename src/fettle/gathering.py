@@ -48,7 +48,8 @@ def gather_good(dataset: Dataset, group: str | None, progress: Progress) -> Gath
             refused.append(Refusal(str(record.path), str(error)))
             continue
         num_duplicates += key in pictures
-        pictures.setdefault(key, GoodPicture(record.path, key, own_group))
+        if key not in pictures or own_group < pictures[key].group:  # not: the first that is listed
+            pictures[key] = GoodPicture(record.path, key, own_group)
         sizes[key] = size
     if not pictures:
         first = f" The first refusal: {refused[0].reason}" if refused else ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fettle.backbones import backbone_names, load_backbone, restore_backbone
-from fettle.backbones.registry import find_entry, found_offline
+from fettle.backbones.registry import BackboneEntry, find_entry, found_offline
 from fettle.errors import UsageError
 from fettle.protocols import Backbone, BackboneSpec
 
@@ -17,9 +17,15 @@ AT_HAND = [name for name in NAMES if found_offline(name)]
 each_backbone = pytest.mark.parametrize("name", NAMES)
 
 
+@cache
+def entry_of(name: str) -> BackboneEntry:
+    return find_entry(name)
+
+
+@cache
 def tapped(name: str) -> tuple[str, ...]:
     """Two levels, shallow enough to be fast."""
-    return tuple(level.name for level in find_entry(name).levels[1:3])
+    return tuple(level.name for level in entry_of(name).levels[1:3])
 
 
 @cache
@@ -29,7 +35,7 @@ def backbone_of(name: str) -> Backbone:
 
 def pictures(name: str, count: int, seed: int = 0) -> torch.Tensor:
     """Not square, and with an even number of cells at any stride."""
-    step = find_entry(name).side_step
+    step = entry_of(name).side_step
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 3, 2 * step, 4 * step, generator=generator)
 
@@ -132,7 +138,7 @@ def test_restored_from_its_tensors_it_gives_the_same_bits(name: str) -> None:
 @each_backbone
 def test_missing_level_and_wrong_side_are_refused(name: str) -> None:
     backbone = backbone_of(name)
-    unbuilt = find_entry(name).levels[0].name
+    unbuilt = entry_of(name).levels[0].name
     with pytest.raises(UsageError, match=f"without level '{unbuilt}'"):
         backbone(pictures(name, 1), (unbuilt,))
     step = backbone.spec.side_step

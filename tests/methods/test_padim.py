@@ -11,7 +11,14 @@ from torch import Tensor
 from conftest import TINY_LEVELS
 from fettle.backbones import load_backbone
 from fettle.errors import ConfigError, DataError, FettleError
-from fettle.methods.padim import Padim, PadimConfig, _inverse_root, accumulate, left_out_distances
+from fettle.methods.padim import (
+    Padim,
+    PadimConfig,
+    _inverse_root,
+    accumulate,
+    left_out_distances,
+    scatter_axes,
+)
 from fettle.methods.registry import make_config
 from fettle.protocols import FeatureBatch, Level, Run
 
@@ -113,10 +120,10 @@ def test_tiny_mean_scatter_and_distance_golden() -> None:
 def test_tiny_left_out_distances_golden() -> None:
     mean, matrix = direct(FOUR)
     scatter = (matrix - 0.01 * torch.eye(2, dtype=torch.float64)) * 3
-    basis = _inverse_root(0.01 * 2, scatter)
+    axes, diagonal = scatter_axes(scatter), torch.tensor([0.01], dtype=torch.float64)
     for i in range(4):
         rest = torch.cat([FOUR[:, :i], FOUR[:, i + 1 :]], dim=1)
-        squared = left_out_distances(FOUR[:, i : i + 1] - mean[:, None], basis, left=3)
+        squared = left_out_distances((FOUR[:, i : i + 1] - mean[:, None])[:, None], axes, diagonal, left=3)
         assert float(squared.sqrt()) == pytest.approx(2.275520495954297, rel=1e-12)
         assert float(mahalanobis(FOUR[:, i], *direct(rest))) == pytest.approx(2.275520495954297, rel=1e-12)
 
@@ -307,11 +314,11 @@ def test_closed_form_equals_refitting(size: int, count: int, dims: int) -> None:
     mean = rows.mean(dim=1)
     centred = rows - mean[:, None]
     left = count - size
-    basis = _inverse_root(0.01 * (left - 1), centred.mT @ centred)
+    axes, diagonal = scatter_axes(centred.mT @ centred), torch.tensor([0.01], dtype=torch.float64)
     for first in range(0, count - size + 1, size):
         group = rows[:, first : first + size]
         rest = torch.cat([rows[:, :first], rows[:, first + size :]], dim=1)
-        distance = left_out_distances(group - mean[:, None], basis, left).sqrt()
+        distance = left_out_distances((group - mean[:, None])[:, None], axes, diagonal, left)[:, 0].sqrt()
         for i in range(size):
             exact = mahalanobis(group[:, i], *direct(rest))
             torch.testing.assert_close(distance[:, i], exact, rtol=1e-9, atol=0)
@@ -358,13 +365,28 @@ def test_shrinkage_follows_the_scale_of_the_features(scale: float) -> None:
     for view in method.left_out(stream, Run()):
         place = int(view.key)
         rest = [i for i in range(24) if i != place]
-        exact = mahalanobis(rows[:, place], *direct(rows[:, rest], regulariser=0.1 * variance))
+        own = 0.1 * float(rows[:, rest].var(dim=1).mean())  # the left-out picture has no say in it
+        exact = mahalanobis(rows[:, place], *direct(rows[:, rest], regulariser=own))
         torch.testing.assert_close(view.energies.double(), exact, rtol=1e-3, atol=0)
 
 
+def test_left_out_picture_has_no_say_in_the_shrinkage() -> None:
+    """An odd good picture raises the variance that is added to the diagonal, and so excuses itself."""
+    made = features(24)
+    for level in made.values():
+        level[0] *= 3
+    method, stream = padim(shrinkage=0.1), stream_of(made)
+    method.prepare(stream, Run())
+    odd = next(view for view in method.left_out(stream, Run()) if view.key == "000")
+    rows = method._rows(made).double()
+    rest = rows[:, 1:]
+    exact = mahalanobis(rows[:, 0], *direct(rest, regulariser=0.1 * float(rest.var(dim=1).mean())))
+    torch.testing.assert_close(odd.energies.double(), exact, rtol=1e-3, atol=0)
+
+
 def test_left_out_distance_that_is_lost_in_rounding_is_refused() -> None:
-    """Deviations of 100 against a regulariser of 0.01 leave single precision no digit."""
-    made = {name: 100 * level for name, level in features(24).items()}
+    """Deviations of 1,000 against a regulariser of 0.01 leave single precision no digit."""
+    made = {name: 1000 * level for name, level in features(24).items()}
     method, stream = padim(), stream_of(made)
     method.prepare(stream, Run())
     with pytest.raises(ConfigError, match="regulariser is too small"):

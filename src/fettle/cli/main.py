@@ -40,7 +40,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a file's name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="fettle")
     except SystemExit as end:
         if end.code == STOPPED:
             _say_stopped()

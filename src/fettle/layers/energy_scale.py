@@ -24,7 +24,8 @@ class EnergyScale(nn.Module):
         values = energies.double().sort().values
         self.median = values[(len(values) - 1) // 2].float()
         rare = values[min(int(0.99 * len(values)), len(values) - 1)].float()
-        self.rare = torch.maximum(rare, self.median + 2 * _LEAST_SPREAD)
+        resolution = 4 * torch.finfo(torch.float32).eps * self.median.abs()  # below it, adding is lost
+        self.rare = torch.maximum(rare, self.median + resolution.clamp_min(2 * _LEAST_SPREAD))
 
     def forward(self, energy: Tensor) -> Tensor:
         return (energy - self.median) / (self.rare - self.median)

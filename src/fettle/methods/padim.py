@@ -102,8 +102,10 @@ class Padim(nn.Module):
         self.register_buffer("grid", torch.zeros(2, dtype=torch.int64))  # (h, w), P = h w
         self.scale = EnergyScale()
         self._dense: Tensor | None = None  # W unpacked, (P, d, d), in the mean's type; made when first needed
-        # Known during the fit only: sums of squares (P, d, d) of the last block, and the blocks of positions.
+        # Known during the fit only: sums of squares (P, d, d) of the last block, their sum over all positions
+        # and channels, and the blocks of positions.
         self._scatter = torch.empty(0)
+        self._squares = 0.0
         self._blocks: list[slice] = []
         self._num_fitted = 0
         self._diagonal = config.regulariser
@@ -142,7 +144,7 @@ class Padim(nn.Module):
             DataError: fewer than two pictures, or features that are NaN or infinite.
         """
         self._draw_channels(run)
-        count, variance = self._measure(good)
+        count = self._measure(good)
         dims = len(self.channels)
         if count < 2:
             raise DataError(
@@ -152,10 +154,10 @@ class Padim(nn.Module):
         if not bool(torch.isfinite(self.mean).all()):
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
         self._num_fitted = count
-        self._diagonal = max(self.config.regulariser, self.config.shrinkage * variance)
+        self._diagonal = self._diagonal_of(self._squares / ((count - 1) * self.mean.numel()))
         self._blocks = _blocks(len(self.mean), 4 * dims * dims, run.memory_mib)
         rows, columns = torch.tril_indices(dims, dims)
-        self.whitening = torch.empty(len(self.mean), len(rows), dtype=torch.float16)
+        self.whitening = torch.empty(len(self.mean), len(rows), dtype=torch.float16, device=self.mean.device)
         for block in self._blocks:
             self._scatter = self._scatter_of(block, good)
             for part in _parts(block):
@@ -184,22 +186,30 @@ class Padim(nn.Module):
     def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
         """Each picture by the Gaussian that its group is taken out of, exactly (section 8.3).
 
-        Taking g pictures out changes the sums of squares by a matrix of rank g + 1, so that one Cholesky a
-        group size serves all groups of that size (Woodbury).
+        Taking g pictures out changes the sums of squares by a matrix of rank g + 1 (Woodbury), and the
+        diagonal by what they add to the variance. In the axes of the sums of squares a diagonal costs
+        nothing, so that one eigendecomposition a position serves every group.
         """
         sizes = _group_sizes(good)
+        fitting = sorted({size for size in sizes.values() if self._num_fitted - size >= 2})
+        diagonals = {
+            group: diagonal
+            for size in fitting
+            for batch in _by_group(good, sizes, size)
+            for group, diagonal in self._diagonals_without(batch, size)
+        }
         squared: dict[str, Tensor] = {}  # by picture, (P,)
         for block in self._blocks:
             if len(self._blocks) > 1:
                 self._scatter = self._scatter_of(block, good)
-            for size in sorted({size for size in sizes.values() if self._num_fitted - size >= 2}):
-                left = self._num_fitted - size
-                basis = _inverse_root(self._diagonal * (left - 1), self._scatter)
+            axes = scatter_axes(self._scatter)
+            for size in fitting:
                 for batch in _by_group(good, sizes, size):
-                    deviations = self._rows(batch.features)[block] - self.mean[block, None]
-                    by_group = deviations.reshape(len(deviations), -1, size, deviations.shape[2])
-                    distances = left_out_distances(by_group, basis, left).flatten(1)  # (block, b)
-                    for key, one in zip(batch.keys, distances.T, strict=True):
+                    deviations = self._deviations(batch, size)[block]  # (block, G, g, d)
+                    of_group = torch.tensor([diagonals[group] for group in batch.groups[::size]])
+                    left = self._num_fitted - size
+                    distances = left_out_distances(deviations, axes, of_group.to(deviations), left)
+                    for key, one in zip(batch.keys, distances.flatten(1).T, strict=True):
                         squared.setdefault(key, self.mean.new_empty(len(self.mean)))[block] = one
         self._scatter = torch.empty(0)
         for batch in good:
@@ -210,6 +220,24 @@ class Padim(nn.Module):
                     tokens = valid_tokens(single.valid, (distance.shape[-2], distance.shape[-1]))
                     maps = self._maps(distance, single.valid)
                     yield LeftOut(key, group, maps, single.valid, distance[tokens])
+
+    def _deviations(self, batch: FeatureBatch, size: int) -> Tensor:
+        """Deviations from the mean, groups of `size` pictures apart: (P, G, g, d)."""
+        deviations = self._rows(batch.features) - self.mean[:, None]
+        return deviations.reshape(len(deviations), -1, size, deviations.shape[2])
+
+    def _diagonals_without(self, batch: FeatureBatch, size: int) -> Iterator[tuple[str, float]]:
+        """The diagonal that a fit without each group would have."""
+        left = self._num_fitted - size
+        deviations = self._deviations(batch, size)
+        group_mean = deviations.mean(dim=2)
+        removed = deviations.square().sum(dim=(0, 2, 3))
+        removed += group_mean.square().sum(dim=(0, 2)) * size**2 / left
+        for group, share in zip(batch.groups[::size], removed.tolist(), strict=True):
+            yield group, self._diagonal_of((self._squares - share) / ((left - 1) * self.mean.numel()))
+
+    def _diagonal_of(self, variance: float) -> float:
+        return max(self.config.regulariser, self.config.shrinkage * variance)
 
     def settle(self, energies: Tensor) -> None:
         self.scale.settle(energies)
@@ -267,8 +295,8 @@ class Padim(nn.Module):
         self.mean = torch.empty(0, 0)
         self.grid = torch.zeros(2, dtype=torch.int64)
 
-    def _measure(self, good: FeatureStream) -> tuple[int, float]:
-        """Walk once: set mean and grid; number of pictures, and the mean variance of all features."""
+    def _measure(self, good: FeatureStream) -> int:
+        """Walk once: set the mean, the grid and the sum of all squares about the mean; number of pictures."""
         count = 0
         mean = squares = torch.empty(0)
         for batch in good:
@@ -281,8 +309,8 @@ class Padim(nn.Module):
             mean += shift
             count += rows.shape[1]
         if count:
-            self.mean, self.grid = mean, torch.tensor(grid)
-        return count, float(squares.mean()) / (max(count - 1, 1) * max(len(self.channels), 1))
+            self.mean, self.grid, self._squares = mean, torch.tensor(grid), float(squares.double().sum())
+        return count
 
     def _scatter_of(self, block: slice, good: FeatureStream) -> Tensor:
         """Sums of squares about the mean of a block of positions, (P, d, d), in one walk (Chan et al.)."""
@@ -345,7 +373,7 @@ def _parts(block: slice) -> Iterator[slice]:
 
 def _inverse_root(diagonal: float, matrices: Tensor) -> Tensor:
     """L^-1 of L L^T = matrices + diagonal I, lower triangular, (P, d, d)."""
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     result = torch.empty_like(matrices)
     for first in range(0, len(matrices), _PART):
         factor, failed = torch.linalg.cholesky_ex(matrices[first : first + _PART] + diagonal * eye)
@@ -355,39 +383,54 @@ def _inverse_root(diagonal: float, matrices: Tensor) -> Tensor:
     return result
 
 
-def left_out_distances(deviations: Tensor, basis: Tensor, left: int) -> Tensor:
-    """Squared distances of g pictures by the Gaussian fitted without all g of them.
+def scatter_axes(scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (P, d, d), in columns, and eigenvalues (P, d) of sums of squares, none below 0.
 
-    With D the deviations from the mean of all n pictures and n' = n - g, the scatter matrix without them is
-    M - U^T U, where U holds D and (g / sqrt(n')) mean(D).
+    Decomposed in double precision, in parts, since small eigenvalues carry the distance.
+    """
+    vectors, values = torch.empty_like(scatter), scatter.new_empty(scatter.shape[:2])
+    for part in _parts(slice(0, len(scatter))):
+        own_values, own_vectors = torch.linalg.eigh(scatter[part].double())
+        vectors[part], values[part] = own_vectors.to(scatter), own_values.clamp_min(0).to(scatter)
+    return vectors, values
+
+
+def left_out_distances(
+    deviations: Tensor, axes: tuple[Tensor, Tensor], diagonals: Tensor, left: int
+) -> Tensor:
+    """Squared distances of the pictures of G groups, each by the Gaussian fitted without all g of its group.
+
+    With D a group's deviations from the mean of all n pictures and n' = n - g, the sums of squares without it
+    are M - U^T U, where U holds D and (g / sqrt(n')) mean(D).
 
     Args:
-        deviations: D, (P, ..., g, d); dimensions between are groups apart.
-        basis: inverse root of M + regulariser (n' - 1) I, (P, d, d).
+        deviations: D, (P, G, g, d).
+        axes: of M, see `scatter_axes`.
+        diagonals: what the fit without each group adds to its covariances, (G,).
         left: n', pictures that stay, at least 2.
 
     Returns:
-        (P, ..., g).
+        (P, G, g).
 
     Raises:
-        ConfigError: a regulariser so small against the deviations that the answer would be rounding.
+        ConfigError: a diagonal so small against the deviations that the answer would be rounding.
     """
-    size = deviations.shape[-2]
-    y = (deviations.reshape(len(basis), -1, deviations.shape[-1]) @ basis.mT).reshape(deviations.shape)
-    group_mean = y.mean(dim=-2, keepdim=True)
-    v = torch.cat([y, group_mean * (size / math.sqrt(left))], dim=-2)  # U in the basis, (P, ..., g + 1, d)
-    z = y + group_mean * (size / left)  # deviations from the mean of those who stay, (P, ..., g, d)
+    vectors, values = axes
+    size = deviations.shape[2]
+    turned = (deviations.flatten(1, 2) @ vectors).reshape(deviations.shape)
+    y = turned * (values[:, None] + diagonals[:, None] * (left - 1)).rsqrt()[:, :, None]  # (P, G, g, d)
+    group_mean = y.mean(dim=2, keepdim=True)
+    v = torch.cat([y, group_mean * (size / math.sqrt(left))], dim=2)  # U, (P, G, g + 1, d)
+    z = y + group_mean * (size / left)  # deviations from the mean of those who stay, (P, G, g, d)
     inner = torch.eye(size + 1, dtype=v.dtype, device=v.device) - v @ v.mT
-    cross = v @ z.mT  # (P, ..., g + 1, g)
-    rounding = torch.finfo(v.dtype).eps * torch.eye(size + 1, dtype=v.dtype, device=v.device)
-    factor, failed = torch.linalg.cholesky_ex(inner + rounding)
-    least = (
-        factor.diagonal(dim1=-2, dim2=-1).square().amin()
-    )  # its rounding is about eps / least of the answer
+    cross = v @ z.mT  # (P, G, g + 1, g)
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    # The answer's relative rounding is about eps / least.
+    least = factor.diagonal(dim1=-2, dim2=-1).square().amin()
     if bool(failed.any()) or float(least) < 100 * torch.finfo(v.dtype).eps:
         raise _too_small("the difference that one picture makes is lost in rounding")
     part = torch.linalg.solve_triangular(factor, cross, upper=False)
-    squared: Tensor = (z.square().sum(dim=-1) + part.square().sum(dim=-2)) * (left - 1)
+    squared: Tensor = (z.square().sum(dim=3) + part.square().sum(dim=2)) * (left - 1)
     return squared
 
 
