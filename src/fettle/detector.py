@@ -245,9 +245,11 @@ class Detector:
         warnings: list[Json] = [*self.warnings()]
         if num_known:
             warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
-        warnings += [refusal.reason for refusal in refused]
-        card = {**self.card, "promise": " ".join(calibration.sentences()), "warnings": warnings}
-        return Detector(self.method, self.frame, calibration, card, self.device)
+        unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
+        warnings += unread
+        promise = " ".join(calibration.sentences())
+        changed: dict[str, Json] = {"calibration_refused": unread, "promise": promise, "warnings": warnings}
+        return Detector(self.method, self.frame, calibration, {**self.card, **changed}, self.device)
 
     def save(self, folder: Path | str) -> None:
         """Write the model atomically: a kill at any moment leaves the old model or the new one."""
@@ -348,13 +350,14 @@ class Detector:
         seconds: float,
         product: str,
         rules: RegionRules,
-    ) -> Inspected[Item]:
+    ) -> Inspected[Item] | tuple[Item, Refusal]:
         """One picture's answer from its views' maps (n, H, W) and scores (n,)."""
         start = time.perf_counter()
         own_map, valid = self.frame.restore(maps, loaded.placed, loaded.picture.size)
         score = float(scores.max())
         if not np.isfinite(score):
-            raise FettleError(f"{path}: the model gave no finite score.", "Report the picture and the model.")
+            reason = f"'{path}' got no finite score from the model. Look at its pixels."
+            return loaded.item, Refusal(str(path), reason)
         calibration = self.calibration
         threshold = calibration.pixel_threshold
         regions: tuple[Region, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,8 @@ class Evaluation:
         """
         if inspection.path in self._paths:
             raise MetricError(f"The picture '{inspection.path}' came twice.", "List each picture once.")
+        if not math.isfinite(inspection.score):
+            raise MetricError(f"The score of '{inspection.path}' is not finite.", "Look at its pixels.")
         self._pixels.update(
             inspection.anomaly_map, mask, defect=defect, valid=inspection.valid, path=inspection.path
         )

@@ -59,6 +59,16 @@ def write_model(
         raise UsageError(f"{folder} is a file.", "Name a folder for the model.")
     if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise UsageError(f"The folder {folder} holds more than a model.", "Name another folder.")
+    try:
+        _write(folder, content, tensors)
+    except OSError as error:
+        raise ModelFolderError(
+            f"The model could not be written to {folder}: {error.strerror or error}.",
+            "Check the free space and the rights there; a former model is still whole.",
+        ) from error
+
+
+def _write(folder: Path, content: Mapping[str, Json], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Json] = {}
     for part, state in tensors.items():

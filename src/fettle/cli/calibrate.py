@@ -48,6 +48,8 @@ def calibrate(
                 "seconds": time.perf_counter() - start,
             }
         )
-        return
-    for sentence in calibration.sentences():
-        print(sentence)
+    else:
+        for sentence in calibration.sentences():
+            print(sentence)
+    if detector.card["calibration_refused"]:
+        raise typer.Exit(3)

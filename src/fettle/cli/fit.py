@@ -53,7 +53,7 @@ def fit(
     calibration: Annotated[
         str, typer.Option(help="auto, leave_one_out, holdout, kfold or cross: who judges good pictures.")
     ] = "auto",
-    memory_mib: Annotated[int, typer.Option(help="Memory for the fit besides the network, MiB.")] = 256,
+    memory_mib: Annotated[int, typer.Option(help="Memory for the fit besides the network, MiB.")] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
     as_json: AsJson = False,

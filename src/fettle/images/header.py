@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +133,11 @@ def file_bytes(path: Path) -> bytes:
     _check_file(path)
     try:
         with path.open("rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)  # the file may have grown since
+            size = os.fstat(stream.fileno()).st_size  # no more is asked for: a read reserves what it is asked
+            data = stream.read(size + 1)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if len(data) > MAX_FILE_BYTES:
+    if len(data) > size:
         raise PictureError(f"'{path}' grew while it was read.", "Wait until it is written, then try again.")
     return data
 
