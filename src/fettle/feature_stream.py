@@ -11,9 +11,11 @@ import torch
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
+from fettle.memory import give_back
 from fettle.protocols import FeatureBatch, Method, Progress
 
 _MIB = 1 << 20
+_TRIM_EVERY = 4  # batches
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class GoodFeatures:
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         done = 0
-        for batch in self._cached:
+        for number, batch in enumerate(self._cached):
+            if number % _TRIM_EVERY == 0:
+                give_back()
             done += len(set(batch.keys))
             self.progress(self.what, done, self.num_pictures)
             yield batch

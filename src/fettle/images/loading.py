@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,11 +16,13 @@ from fettle.images.decode import read_picture
 from fettle.images.framing import Frame, Placed
 from fettle.images.picture import Picture
 from fettle.inspection import Refusal
+from fettle.memory import give_back
 
 Item = TypeVar("Item")
 
 _WORKERS = 2
 _AHEAD = 8  # pictures decoded but not yet taken
+_TRIM_EVERY = 16  # pictures
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def load_framed(
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="decode") as pool:
         try:
             queue.extend(pool.submit(load, item) for item in islice(source, _AHEAD))
-            while queue:
+            for number in count():
+                if not queue:
+                    return
+                if number % _TRIM_EVERY == 0:
+                    give_back()
                 done = queue.popleft().result()
                 queue.extend(pool.submit(load, item) for item in islice(source, 1))
                 yield done
