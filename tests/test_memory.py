@@ -15,7 +15,6 @@ import os
 from fettle.memory import give_back
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-blocks = [bytes(100_000) for _ in range(2000)]
 blocks = [bytearray(b"x") * 100_000 for _ in range(2000)]
 last = bytearray(b"x") * 100_000
 del blocks

@@ -75,6 +75,7 @@ def test_heat_steps_up_at_the_threshold() -> None:
 
     assert change(0.505) > 2 * change(0.495)
     assert change(0.495) > 0
+    assert change(0.3) == 0  # good pictures are full of such values
 
 
 def test_what_lies_outside_the_valid_area_is_dimmed() -> None:

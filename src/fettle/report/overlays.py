@@ -20,7 +20,8 @@ MASK_COLOUR = (255, 77, 210)  # pink: told from cyan by every common kind of col
 PANE_SIDE = 320
 PANE_GAP = 4
 
-_HEAT_STRENGTH_BELOW = 0.25  # opacity just below the pixel threshold; it grows linearly from 0
+_HEAT_BEGINS = 0.7  # of the pixel threshold: below lies what good pictures are full of
+_HEAT_STRENGTH_BELOW = 0.3  # opacity just below the threshold
 _HEAT_STRENGTH_AT = 0.65  # opacity at the threshold: the step is the onset that the eye should catch
 _HEAT_STRENGTH_TOP = 0.85
 
@@ -106,12 +107,12 @@ def draw_heat(
 ) -> NDArray[np.uint8]:
     """The heat map laid over its picture, uint8 (H, W, 3); what lies outside `valid` is dimmed.
 
-    The heat is transparent at 0, faint below the pixel threshold and steps up where it is passed.
+    The heat is transparent up to 0.7 of the pixel threshold, faint below it and steps up where it is passed.
     """
     relative = _relative(anomaly_map, pixel_threshold)
     strength = np.where(
         relative < 1,
-        _HEAT_STRENGTH_BELOW * relative,
+        _HEAT_STRENGTH_BELOW * np.maximum(relative - _HEAT_BEGINS, 0) / (1 - _HEAT_BEGINS),
         _HEAT_STRENGTH_AT + (_HEAT_STRENGTH_TOP - _HEAT_STRENGTH_AT) * (relative - 1),
     )[..., None]
     base = eight_bit(pixels).astype(np.float32)
