@@ -1,7 +1,6 @@
 """Evaluation metrics: exact on few pictures, bounded in memory on many, mergeable. No torch."""
 
 from fettle.metrics.boundary import BoundaryMetrics, BoundaryResult, BoundaryScores, compare_masks
-from fettle.metrics.masks import binarise_mask
 from fettle.metrics.pixel import PixelMetrics
 from fettle.metrics.pixel_scores import MetricState, PixelResult, PixelScores
 from fettle.metrics.pixel_state import PixelState
@@ -37,7 +36,6 @@ __all__ = [
     "PixelState",
     "Rate",
     "average_precision",
-    "binarise_mask",
     "clopper_pearson",
     "compare_masks",
     "conformal_rank",

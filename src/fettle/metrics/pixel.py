@@ -310,7 +310,7 @@ def _check_shapes(
             continue
         if array.dtype != np.bool_:
             raise MetricError(
-                f"{picture} has a {name} of type {array.dtype}.", "Give a bool array (see binarise_mask)."
+                f"{picture} has a {name} of type {array.dtype}.", "Give a bool array."
             )
         if array.shape != anomaly_map.shape:
             raise MetricError(
