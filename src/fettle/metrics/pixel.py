@@ -309,9 +309,7 @@ def _check_shapes(
         if array is None:
             continue
         if array.dtype != np.bool_:
-            raise MetricError(
-                f"{picture} has a {name} of type {array.dtype}.", "Give a bool array."
-            )
+            raise MetricError(f"{picture} has a {name} of type {array.dtype}.", "Give a bool array.")
         if array.shape != anomaly_map.shape:
             raise MetricError(
                 f"{picture} has a map of size {anomaly_map.shape} and a {name} of size {array.shape}.",
