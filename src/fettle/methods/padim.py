@@ -45,10 +45,10 @@ class PadimConfig(BaseModel):
     Attributes:
         levels: backbone levels, fine to coarse; None takes strides 4, 8 and 16, or three blocks of a ViT.
         channels: d, channels drawn at random from all levels together, one draw for all positions.
-        regulariser: least that is added to each covariance's diagonal; 0.01 in the paper.
-        shrinkage: share of the features' mean variance that is added to the diagonal, if more; 0 in the
-            paper. A tenth is what good pictures that were left out find likeliest, on every backbone
-            (`benchmarks/padim_shrinkage.py`).
+        regulariser: least that is added to each covariance's diagonal; the paper's 0.01.
+        shrinkage: share of the features' mean variance that is added instead where it is more, for backbones
+            whose features are of a larger scale than a ResNet's. A tenth is what good pictures that were
+            left out find likeliest (`benchmarks/padim_shrinkage.py`).
         grid_stride: average the finer levels to this stride first (8: four times smaller); None: the finest.
         sigma: blur of the map, framed px.
     """
@@ -57,7 +57,7 @@ class PadimConfig(BaseModel):
 
     levels: tuple[str, ...] | None = None
     channels: int = Field(default=100, ge=1, le=4096)
-    regulariser: float = Field(default=1e-4, gt=0, le=100)
+    regulariser: float = Field(default=0.01, gt=0, le=100)
     shrinkage: float = Field(default=0.1, ge=0, le=10)
     grid_stride: int | None = Field(default=None, ge=2, le=64)
     sigma: float = Field(default=4.0, ge=0, le=100)
@@ -79,7 +79,7 @@ class Padim(nn.Module):
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(PadimConfig(), backbone=None, frame="auto", size=256),
         "paper": Preset(
-            PadimConfig(channels=550, regulariser=0.01, shrinkage=0),
+            PadimConfig(channels=550, shrinkage=0),
             backbone="wide_resnet50_2",
             frame="crop",
             size=256,
