@@ -225,7 +225,7 @@ def test_progress_counts_every_picture(product: Path) -> None:
 def real(name: str) -> Description:
     folder = os.environ.get("FETTLE_DATA")
     if not folder:
-        pytest.skip("FETTLE_DATA is not set")
+        pytest.skip("FETTLE_DATA is not set: real pictures are not at hand")
     return describe(open_dataset(Path(folder) / name))
 
 

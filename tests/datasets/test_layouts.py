@@ -318,7 +318,7 @@ class TestSplits:
 def real_data() -> Path:
     folder = os.environ.get("FETTLE_DATA")
     if not folder:
-        pytest.skip("FETTLE_DATA is not set")
+        pytest.skip("FETTLE_DATA is not set: real pictures are not at hand")
     return Path(folder)
 
 

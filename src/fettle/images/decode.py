@@ -196,7 +196,8 @@ def _grey(path: Path, opened: OpenedPicture) -> tuple[Pixels, tuple[str, ...]] |
         if opened.bits == 12:
             values = values * np.uint16(16) + values // np.uint16(256)  # 0..4095 to 0..65535, both ends exact
             notes = ("12 bits a pixel, scaled to 16",)
-        if opened.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # type: ignore[attr-defined]
+        tags = image.tag_v2 if opened.format == "TIFF" else {}  # type: ignore[attr-defined]  # TIFF only
+        if tags.get(_PHOTOMETRIC) == 0:
             values = np.uint16(65535) - values  # white is zero; Pillow inverts 8-bit only
             notes += ("white is zero in the file, inverted",)
         return values, notes
