@@ -170,6 +170,20 @@ def test_inspect_writes_the_same_rows_three_times(model: Path, labelled_folder: 
     assert not (out / "overlays").exists()
 
 
+def test_inspect_says_when_too_many_are_not_ok(model: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    for i in range(20):
+        Image.fromarray(255 - textured(500 + i) // 3).save(strange / f"{i}.png")
+    answer = fettle("inspect", model, strange, "-o", tmp_path / "run", "--json")
+    assert answer.json["ok"] == 0
+    assert answer.err.count("pictures are not ok") == 1 and "fettle calibrate" in answer.err
+    good = fettle(
+        "inspect", model, write_good(tmp_path / "good", 20, first_seed=900), "-o", tmp_path / "run2"
+    )
+    assert "pictures are not ok" not in good.err
+
+
 def test_inspect_takes_pictures_folders_and_manifests(
     model: Path, labelled_folder: Path, tmp_path: Path
 ) -> None:

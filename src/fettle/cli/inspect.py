@@ -24,23 +24,31 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Inspect pictures: rows as JSONL, CSV and Parquet, and pictures for the report."""
-    from fettle.calibration.regions import RegionRules
+    from fettle.calibration import RegionRules, RunningShare
     from fettle.datasets.picture_list import list_pictures
     from fettle.detector import Detector, Inspected
 
     pictures = list_pictures(paths)
     detector = Detector.load(model)
+    share = RunningShare(detector.calibration)
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
     with Screen() as screen, open_run(detector, out, overlays=overlays) as run:
+
+        def note(sentence: str | None) -> None:
+            if sentence is not None:
+                screen.say(f"Note: {sentence}")
+
         pictures = leave_out_own(pictures, out, screen)
         answers = detector.inspect_items(pictures, lambda path: path, product=product, rules=rules)
         for done, answer in enumerate(answers, 1):
             screen.progress("inspecting", done, len(pictures))
             if isinstance(answer, Inspected):
                 add_or_refuse(run, screen, answer.inspection, answer.picture)
+                note(share.update(answer.inspection.verdict))
             else:
                 run.refuse(answer[1])
                 screen.say(f"Refused: {answer[1].reason}")
+        note(share.finish())
         summary = run.finish()
     counts: dict[str, Json] = {
         "pictures": summary.pictures,
