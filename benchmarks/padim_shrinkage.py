@@ -40,7 +40,7 @@ def main() -> None:
     good = gather_good(open_dataset(arguments.good), None, no_progress).pictures[: arguments.pictures]
     frame = choose_frame("square", 256, [], 32)
     stream = GoodFeatures(method, good, frame, device="cpu", progress=no_progress, what="")
-    method._draw_channels(Run())
+    method._choose_channels(Run())
     rows = torch.cat([method._rows(batch.features) for batch in stream], dim=1).double()  # (P, n, d)
     count = rows.shape[1]
     scatter = (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True))

@@ -30,7 +30,9 @@ FOUR = torch.tensor([(1, 0), (0, 1), (2, 1), (1, 2)], dtype=torch.float64)[None]
 
 def padim(**settings: object) -> Padim:
     config = make_config(
-        Padim, "compact", {"channels": TOTAL, "regulariser": 0.01, "shrinkage": 0, **settings}
+        Padim,
+        "compact",
+        {"channels": TOTAL, "reduction": "draw", "regulariser": 0.01, "shrinkage": 0, **settings},
     )
     assert isinstance(config, PadimConfig)
     levels = Padim.choose_levels(TINY_LEVELS, config)
@@ -223,7 +225,7 @@ def test_features_are_the_drawn_channels() -> None:
     stacked = [everything[name] for name in method.levels]
     first = 0
     for name, level in zip(method.levels, stacked, strict=True):
-        own = [c - first for c in method.channels.tolist() if first <= c < first + level.shape[1]]
+        own = [c - first for c in method.reduction.channels.tolist() if first <= c < first + level.shape[1]]
         assert torch.equal(drawn[name], level[:, own])
         first += level.shape[1]
     assert sum(level.shape[1] for level in drawn.values()) == 10
@@ -231,10 +233,10 @@ def test_features_are_the_drawn_channels() -> None:
 
 def _drawn(method: Padim, made: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
     """The features that the method will ask for once it has drawn its channels."""
-    method._draw_channels(Run(seed=seed))
+    method._choose_channels(Run(seed=seed))
     first, kept = 0, {}
     for name, level in made.items():
-        own = [int(c) - first for c in method.channels if first <= int(c) < first + level.shape[1]]
+        own = [int(c) - first for c in method.reduction.channels if first <= int(c) < first + level.shape[1]]
         kept[name] = level[:, own]
         first += level.shape[1]
     return kept
@@ -245,7 +247,7 @@ def test_channel_draw_is_sorted_seeded_and_saved() -> None:
     for seed in (0, 0, 1):
         method = padim(channels=10)
         method.prepare(stream_of(_drawn(method, features(6), seed)), Run(seed=seed))
-        draw = method.state_dict()["channels"]
+        draw = method.state_dict()["reduction.channels"]
         assert draw.tolist() == sorted(set(draw.tolist())) and len(draw) == 10
         assert draw.min() >= 0 and draw.max() < TOTAL
         draws.append(draw)
@@ -253,13 +255,13 @@ def test_channel_draw_is_sorted_seeded_and_saved() -> None:
 
 
 def test_more_channels_than_there_are_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"100 channels cannot be drawn from 36.*channels=36"):
+    with pytest.raises(ConfigError, match=r"100 channels cannot be kept of 36.*channels=36"):
         padim(channels=100).prepare(stream_of(features(4)), Run())
 
 
 def test_grid_stride_averages_the_finest_level() -> None:
     method = padim(grid_stride=8, channels=TOTAL)
-    method._draw_channels(Run())
+    method._choose_channels(Run())
     pictures, valid = torch.rand(1, 3, 64, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool)
     with torch.no_grad():
         finest = method.backbone(pictures, method.levels)["stride4"]
@@ -282,7 +284,7 @@ def test_map_is_the_distance_from_the_gaussian_of_each_position() -> None:
     method = padim(channels=12, sigma=0)
     pictures = torch.rand(30, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(30, 1, 64, 64, dtype=torch.bool)
-    method._draw_channels(Run())
+    method._choose_channels(Run())
     with torch.no_grad():
         made = method.features(pictures, valid)
     method.prepare(stream_of(made), Run())

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fettle.errors import ConfigError, DataError
+from fettle.layers.channel_reduction import ChannelReduction, ReductionKind
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import (
@@ -44,7 +45,9 @@ class PadimConfig(BaseModel):
 
     Attributes:
         levels: backbone levels, fine to coarse; None takes strides 4, 8 and 16, or three blocks of a ViT.
-        channels: d, channels drawn at random from all levels together, one draw for all positions.
+        channels: d, channels that are kept of all levels together, the same at all positions.
+        reduction: how they are chosen, at random: "draw" as in the paper, or "orthogonal" projections, whose
+            outcome hangs less on the seed, see `layers.channel_reduction`.
         regulariser: least that is added to each covariance's diagonal; the paper's 0.01.
         shrinkage: share of the features' mean variance that is added instead where it is more, for backbones
             whose features are of a larger scale than a ResNet's. A tenth is what good pictures that were
@@ -57,6 +60,7 @@ class PadimConfig(BaseModel):
 
     levels: tuple[str, ...] | None = None
     channels: int = Field(default=100, ge=1, le=4096)
+    reduction: ReductionKind = "orthogonal"
     regulariser: float = Field(default=0.01, gt=0, le=100)
     shrinkage: float = Field(default=0.1, ge=0, le=10)
     grid_stride: int | None = Field(default=None, ge=2, le=64)
@@ -79,14 +83,13 @@ class Padim(nn.Module):
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(PadimConfig(), backbone=None, frame="auto", size=256),
         "paper": Preset(
-            PadimConfig(channels=550, shrinkage=0),
+            PadimConfig(channels=550, reduction="draw", shrinkage=0),
             backbone="wide_resnet50_2",
             frame="crop",
             size=256,
         ),
     }
 
-    channels: Tensor
     mean: Tensor
     whitening: Tensor
     grid: Tensor
@@ -96,7 +99,9 @@ class Padim(nn.Module):
         self.backbone = backbone
         self.config = config
         self.levels = tuple(levels)
-        self.register_buffer("channels", torch.empty(0, dtype=torch.int16))  # (d,), sorted
+        known = [backbone.spec.level(name) for name in levels]
+        sizes = [level.channels for level in known if level]
+        self.reduction = ChannelReduction(sizes, config.channels, config.reduction)
         self.register_buffer("mean", torch.empty(0, 0))  # (P, d)
         self.register_buffer("whitening", torch.empty(0, 0, dtype=torch.float16))  # (P, d(d+1)/2): W = L^-1
         self.register_buffer("grid", torch.zeros(2, dtype=torch.int64))  # (h, w), P = h w
@@ -121,17 +126,13 @@ class Padim(nn.Module):
         return tuple(blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3))
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """The drawn channels of each level at its own grid: {level: (B, d_level, h, w)}."""
+        """The kept channels of each level at its own grid: {level: (B, d_level, h, w)}."""
         by_name = self.backbone(pictures, self.levels)
-        first = 0
-        features = {}
-        for name in self.levels:
-            level = by_name[name]
-            drawn = self.channels.long()
-            own = drawn[(drawn >= first) & (drawn < first + level.shape[1])] - first
-            first += level.shape[1]
-            features[name] = self._to_grid_stride(level[:, own], pictures)
-        return features
+        reduced = self.reduction([by_name[name] for name in self.levels])
+        return {
+            name: self._to_grid_stride(level, pictures)
+            for name, level in zip(self.levels, reduced, strict=True)
+        }
 
     @torch.no_grad()
     def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
@@ -143,9 +144,9 @@ class Padim(nn.Module):
             ConfigError: fewer channels than asked for, or a regulariser that is too small for the numbers.
             DataError: fewer than two pictures, or features that are NaN or infinite.
         """
-        self._draw_channels(run)
+        self._choose_channels(run)
         count = self._measure(good)
-        dims = len(self.channels)
+        dims = self.config.channels
         if count < 2:
             raise DataError(
                 f"PaDiM needs at least 2 good pictures, not {count}.",
@@ -282,16 +283,14 @@ class Padim(nn.Module):
         grid = (pictures.shape[-2] // stride, pictures.shape[-1] // stride)
         return F.adaptive_avg_pool2d(level, grid) if level.shape[-1] > grid[1] else level
 
-    def _draw_channels(self, run: Run) -> None:
-        levels = [self.backbone.spec.level(name) for name in self.levels]
-        total = sum(level.channels for level in levels if level)
+    def _choose_channels(self, run: Run) -> None:
+        total = sum(self.reduction.sizes)
         if self.config.channels > total:
             raise ConfigError(
-                f"{self.config.channels} channels cannot be drawn from {total}.",
+                f"{self.config.channels} channels cannot be kept of {total}.",
                 f"Use --set channels={total}.",
             )
-        order = torch.randperm(total, generator=run.generator("padim/channels"))
-        self.channels = order[: self.config.channels].sort().values.to(torch.int16)
+        self.reduction.choose(run.generator("padim/channels"))
         self.mean = torch.empty(0, 0)
         self.grid = torch.zeros(2, dtype=torch.int64)
 
@@ -314,7 +313,7 @@ class Padim(nn.Module):
 
     def _scatter_of(self, block: slice, good: FeatureStream) -> Tensor:
         """Sums of squares about the mean of a block of positions, (P, d, d), in one walk (Chan et al.)."""
-        dims = len(self.channels)
+        dims = self.config.channels
         mean = self.mean.new_zeros(block.stop - block.start, dims)
         scatter = self.mean.new_zeros(block.stop - block.start, dims, dims)
         accumulate((self._rows(batch.features)[block] for batch in good), mean, scatter)
