@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fettle.datasets.manifest import MAX_BYTES
 from fettle.datasets.open import open_dataset
+from fettle.datasets.table import MAX_BYTES
 from fettle.errors import DataError, PictureError, UsageError
 from fettle.images.decode import picture_size, read_mask, read_picture
 
@@ -213,7 +213,7 @@ def test_folder_without_pictures(tmp_path: Path) -> None:
     assert "holds no pictures" in dataset_refusal(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["auto", "folder", "mvtec", "magnetic_tile"])
+@pytest.mark.parametrize("layout", ["auto", "folder", "mvtec", "mvtec3d", "visa", "magnetic_tile"])
 def test_file_where_a_folder_is_meant(tmp_path: Path, layout: str) -> None:
     (tmp_path / "a.png").touch()
     assert "is a file where a folder is meant" in dataset_refusal(tmp_path / "a.png", layout)

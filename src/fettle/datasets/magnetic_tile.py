@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fettle.datasets.folder import check_folder, folder_name, no_pictures, picture_files, subfolders
+from fettle.datasets.own_split import split_by_groups
 from fettle.datasets.records import GOOD, Dataset, Record
-from fettle.datasets.splits import hold_out
-from fettle.errors import DataError, PictureError
-from fettle.images.decode import file_sha256
+from fettle.errors import DataError
 
 NEIGHBOUR_GAP = 500
-TEST_SHARE = 1 / 3  # of the good pictures
 _PREFIX = "MT_"
 _NUMBER = re.compile(r"exp\d+_num_(\d+)$")
 
@@ -33,10 +31,9 @@ def open_magnetic_tile(root: Path) -> Dataset:
     One tile was photographed at up to six exposures, and its pictures are nearly the same, so a
     split by single pictures would put a tile on both sides. Its exposures have neighbouring numbers
     in their names (`exp3_num_4711`): sorted by number, pictures whose numbers differ by at most
-    `NEIGHBOUR_GAP` from the one before form one group. All defective pictures are for testing, and
-    so is each group that holds one; of the other good groups a third of the good pictures is held
-    out by the hash of their contents. The group is kept in the column "group". The rule is cheap
-    and finds most tiles, not all: where a manifest names the tiles, use the manifest.
+    `NEIGHBOUR_GAP` from the one before form one group, and `split_by_groups` splits by them. The
+    group is kept in the column "group". The rule is cheap and finds most tiles, not all: where a
+    manifest names the tiles, use the manifest.
 
     Raises:
         DataError: no folder, no MT_* in it, or no pictures.
@@ -65,29 +62,10 @@ def open_magnetic_tile(root: Path) -> Dataset:
 def _split(records: list[Record]) -> list[Record]:
     """The records with split and group filled in."""
     groups = neighbour_groups([record.path.stem for record in records])
-    seen_defective = {group for record, group in zip(records, groups, strict=True) if not record.is_good}
-    free = [i for i, group in enumerate(groups) if group not in seen_defective]
-    num_good = sum(record.is_good for record in records)
-    wanted = TEST_SHARE * num_good - (num_good - len(free))  # good ones beside a defect are in test already
-    held: set[int] = set()
-    if wanted > 0 and len({groups[i] for i in free}) > 1:
-        chosen = hold_out(
-            [_key(records[i].path) for i in free], [groups[i] for i in free], wanted / len(free)
-        )
-        held = {i for i, out in zip(free, chosen, strict=True) if out}
-    train = set(free) - held
     return [
-        replace(record, split="train" if i in train else "test", columns={"group": groups[i]})
-        for i, record in enumerate(records)
+        replace(record, columns={"group": group})
+        for record, group in zip(split_by_groups(records, groups), groups, strict=True)
     ]
-
-
-def _key(path: Path) -> str:
-    """Hash of the content; of the name where the file can't be read: opening never fails for one file."""
-    try:
-        return file_sha256(path)
-    except PictureError:
-        return path.name
 
 
 def neighbour_groups(names: list[str]) -> list[str]:

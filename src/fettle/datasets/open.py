@@ -9,12 +9,16 @@ from fettle.datasets.folder import check_folder, open_folder, subfolders
 from fettle.datasets.magnetic_tile import looks_like_magnetic_tile, open_magnetic_tile
 from fettle.datasets.manifest import open_manifest
 from fettle.datasets.mvtec import looks_like_mvtec, open_mvtec
+from fettle.datasets.mvtec3d import looks_like_mvtec3d, open_mvtec3d
 from fettle.datasets.records import Dataset
+from fettle.datasets.visa import looks_like_visa, looks_like_visa_object, open_visa
 from fettle.errors import DataError, UsageError, nearest_name
 
 LAYOUTS: dict[str, Callable[[Path], Dataset]] = {
     "folder": open_folder,
     "mvtec": open_mvtec,
+    "mvtec3d": open_mvtec3d,
+    "visa": open_visa,
     "magnetic_tile": open_magnetic_tile,
     "manifest": open_manifest,
 }
@@ -25,9 +29,10 @@ def open_dataset(path: str | Path, layout: str = "auto") -> Dataset:
 
     Args:
         path: a folder, or a manifest's CSV file.
-        layout: a name in `LAYOUTS`, or "auto": a .csv file is a manifest, a folder with train/ and
-            test/ or with train/good is "mvtec", one with MT_* is "magnetic_tile", any other a
-            plain folder of good pictures.
+        layout: a name in `LAYOUTS`, or "auto": a .csv file is a manifest, a folder with
+            split_csv/1cls.csv is "visa", one with train/good/rgb is "mvtec3d", one with train/ and
+            test/ or with train/good is "mvtec", one with MT_* is "magnetic_tile", any other a plain
+            folder of good pictures. A folder of several products is refused, see `products`.
 
     Raises:
         UsageError: an unknown layout.
@@ -39,19 +44,35 @@ def open_dataset(path: str | Path, layout: str = "auto") -> Dataset:
     return LAYOUTS[_detect(path) if layout == "auto" else layout](path)
 
 
+def detect_layout(root: Path) -> str | None:
+    """The name of the layout that a folder shows by its own folders; None for any other folder."""
+    if looks_like_visa(root):
+        return "visa"
+    if looks_like_mvtec3d(root):  # before "mvtec", which it looks like too
+        return "mvtec3d"
+    if looks_like_mvtec(root):
+        return "mvtec"
+    return "magnetic_tile" if looks_like_magnetic_tile(root) else None
+
+
 def _detect(path: Path) -> str:
     if path.is_file() and path.suffix.lower() == ".csv":
         return "manifest"
     check_folder(path)
-    if looks_like_mvtec(path):
-        return "mvtec"
-    if looks_like_magnetic_tile(path):
-        return "magnetic_tile"
-    inner = [f.name for f in subfolders(path) if looks_like_mvtec(f) or looks_like_magnetic_tile(f)]
-    if inner:  # as a plain folder, their defects and masks would pass for good pictures
+    layout = detect_layout(path)
+    if layout is not None:
+        return layout
+    # As a plain folder, the defects and masks of what follows would pass for good pictures.
+    if looks_like_visa_object(path):
+        raise DataError(
+            f"'{path}' is one object of VisA, and its split stands in split_csv/1cls.csv beside the objects.",
+            "Name the folder that holds split_csv and the objects.",
+        )
+    inner = [f.name for f in subfolders(path) if detect_layout(f) is not None or looks_like_visa_object(f)]
+    if inner:
         raise DataError(
             f"'{path}' holds several products ({', '.join(inner)}), not one.",
-            f"Name one of them, such as '{path / inner[0]}', or write a manifest.",
+            f"Name one of them, such as '{path / inner[0]}', or learn all of them with --multi-class.",
         )
     if (path / "ground_truth").is_dir():
         raise DataError(

@@ -17,7 +17,7 @@ class Record:
         path: the picture's file.
         defect: "good", or the defect's name ("defective" where it has none).
         mask: the defect mask's file, None for a good picture or where there is none.
-        split: "train", "test", or "" where the layout has no split.
+        split: "train", "test", "validation" (used for neither), or "" where the layout has no split.
         product: the product's name, "" where the layout has none.
         columns: further columns of a manifest, kept as they are.
     """
@@ -40,7 +40,7 @@ class Dataset:
 
     Attributes:
         root: the folder, or the manifest's file.
-        layout: how it was read: "folder", "mvtec", "magnetic_tile" or "manifest".
+        layout: how it was read, a name in `open.LAYOUTS`, or "products" for several.
         records: every picture, sorted by path.
     """
 
