@@ -254,6 +254,13 @@ def test_channel_draw_is_sorted_seeded_and_saved() -> None:
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_few_of_many_channels_are_projected_and_most_are_drawn() -> None:
+    """36 channels: 17 are less than half."""
+    assert padim(channels=17, reduction="auto").reduction.kind == "orthogonal"
+    assert padim(channels=18, reduction="auto").reduction.kind == "draw"
+    assert padim(channels=17, reduction="draw").reduction.kind == "draw"
+
+
 def test_more_channels_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"100 channels cannot be kept of 36.*channels=36"):
         padim(channels=100).prepare(stream_of(features(4)), Run())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,9 @@ class PadimConfig(BaseModel):
     Attributes:
         levels: backbone levels, fine to coarse; None takes strides 4, 8 and 16, or three blocks of a ViT.
         channels: d, channels that are kept of all levels together, the same at all positions.
-        reduction: how they are chosen, at random: "draw" as in the paper, or "orthogonal" projections, whose
-            outcome hangs less on the seed, see `layers.channel_reduction`.
+        reduction: how they are chosen, at random: "draw" as in the paper, or "orthogonal" projections (see
+            `layers.channel_reduction`), whose outcome hangs less on the seed where few of many are kept.
+            "auto" projects where less than half are kept.
         regulariser: least that is added to each covariance's diagonal; the paper's 0.01.
         shrinkage: share of the features' mean variance that is added instead where it is more, for backbones
             whose features are of a larger scale than a ResNet's. A tenth is what good pictures that were
@@ -60,7 +61,7 @@ class PadimConfig(BaseModel):
 
     levels: tuple[str, ...] | None = None
     channels: int = Field(default=100, ge=1, le=4096)
-    reduction: ReductionKind = "orthogonal"
+    reduction: Literal["auto", "draw", "orthogonal"] = "auto"
     regulariser: float = Field(default=0.01, gt=0, le=100)
     shrinkage: float = Field(default=0.1, ge=0, le=10)
     grid_stride: int | None = Field(default=None, ge=2, le=64)
@@ -101,7 +102,10 @@ class Padim(nn.Module):
         self.levels = tuple(levels)
         known = [backbone.spec.level(name) for name in levels]
         sizes = [level.channels for level in known if level]
-        self.reduction = ChannelReduction(sizes, config.channels, config.reduction)
+        kind: ReductionKind = "orthogonal" if 2 * config.channels < sum(sizes) else "draw"
+        if config.reduction != "auto":
+            kind = config.reduction
+        self.reduction = ChannelReduction(sizes, config.channels, kind)
         self.register_buffer("mean", torch.empty(0, 0))  # (P, d)
         self.register_buffer("whitening", torch.empty(0, 0, dtype=torch.float16))  # (P, d(d+1)/2): W = L^-1
         self.register_buffer("grid", torch.zeros(2, dtype=torch.int64))  # (h, w), P = h w
