@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fettle.protocols import Level
 torch.set_num_threads(1)  # tiny networks gain nothing from threads, and lose much beside other work
 
 TINY_LEVELS = (Level("stride4", 8, 4), Level("stride8", 12, 8), Level("stride16", 16, 16))
+
+
+os.environ["FETTLE_CACHE"] = tempfile.mkdtemp(prefix="fettle-test-features-")  # not the user's own
 
 
 class TinyPyramid(nn.Module):
@@ -111,3 +115,25 @@ def labelled_folder(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(scratched / f"{i:03d}.png")
         Image.fromarray(mask).save(masks / f"{i:03d}_mask.png")
     return root
+
+
+def write_product(root: Path, number: int) -> None:
+    """MVTec-AD layout; each product has a brightness of its own."""
+
+    def save(folder: Path, seed: int, mask: np.ndarray | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = textured(seed) // 2 + 40 * number
+        if mask is not None:
+            pixels[mask > 0] = 255 - pixels[mask > 0]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{seed}.png")
+
+    for i in range(24):
+        save(root / "train" / "good", 1000 * number + i)
+    for i in range(4):
+        save(root / "test" / "good", 1000 * number + 100 + i)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[20 + i : 32 + i, 15:45] = 255
+        save(root / "test" / "scratch", 1000 * number + 200 + i, mask)
+        place = root / "ground_truth" / "scratch"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(place / f"{1000 * number + 200 + i}_mask.png")

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fettle.backbones import registry as backbones
-from fettle.calibration import Calibration, RegionRules, calibrate, find_regions, order_statistic
+from fettle.calibration import Calibration, RegionRules
 from fettle.datasets.open import open_dataset
+from fettle.datasets.products import open_products
 from fettle.datasets.records import Dataset, Record
-from fettle.errors import DataError, FettleError, ModelFolderError, UsageError
-from fettle.evaluation import Evaluation, Promise
+from fettle.errors import DataError, ModelFolderError, UsageError, nearest_name
 from fettle.fitting import fit_parts, make_request
 from fettle.gathering import gather_good
-from fettle.images.decode import read_mask
 from fettle.images.framing import Frame
-from fettle.images.loading import Loaded, load_framed
-from fettle.images.picture import Picture
-from fettle.inspection import Inspection, Refusal, Region
-from fettle.judging import gather_judged, judge
+from fettle.inspecting import Inspected, Inspector
+from fettle.inspection import Inspection, Refusal
+from fettle.judging import calibrate_judged, gather_judged, judge
+from fettle.labelled_run import LabelledRun
 from fettle.methods.registry import find_method
 from fettle.model_folder import read_model, write_model
 from fettle.protocols import BackboneSpec, Json, Level, Method, Progress, no_progress, no_words
 
+__all__ = ["Detector", "Inspected"]
+
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Inspected(Generic[Item]):
-    """The answer for one item, with the decoded picture that it is about."""
-
-    item: Item
-    picture: Picture
-    inspection: Inspection
 
 
 class Detector:
@@ -51,6 +42,7 @@ class Detector:
         calibration: thresholds and what they promise.
         card: the model card: data, weights, seeds, versions, fit facts, fallbacks.
         fold_methods: with cross calibration, the folds' models, which decide the verdict.
+        product_calibrations: thresholds by product, for a model of many products; else empty.
     """
 
     def __init__(
@@ -61,6 +53,7 @@ class Detector:
         card: Mapping[str, Json],
         device: str,
         fold_methods: Sequence[Method] = (),
+        product_calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         self.method = method
         self.fold_methods = tuple(fold_methods)
@@ -68,6 +61,7 @@ class Detector:
         self.calibration = calibration
         self.card = dict(card)
         self.device = device
+        self.product_calibrations = dict(product_calibrations or {})
 
     @classmethod
     def fit(
@@ -82,7 +76,8 @@ class Detector:
 
         Args:
             good: a folder of good pictures, a labelled layout or manifest (its good training part is
-                taken), or the pictures' paths.
+                taken), or the pictures' paths; with `multi_class` a folder of products or a manifest that
+                names them.
             settings: the fields of `FitRequest`: method, preset, backbone, weights, size, frame, group,
                 seed, ...
 
@@ -90,9 +85,17 @@ class Detector:
             UsageError: a wrong name or value. DataError: no usable picture. WeightsError: no weights.
         """
         request = make_request(settings)
+        if request.multi_class and isinstance(good, Path | str):
+            good = open_products(Path(good), request.products)
         parts = fit_parts(_good_records(good), request, progress, say)
         return cls(
-            parts.method, parts.frame, parts.calibration, parts.card, request.device, parts.fold_methods
+            parts.method,
+            parts.frame,
+            parts.calibrations.shared,
+            parts.card,
+            request.device,
+            parts.fold_methods,
+            parts.calibrations.by_product,
         )
 
     @property
@@ -117,8 +120,34 @@ class Detector:
             "backbone": {**backbone, "levels": list(self.method.levels)},
             "frame": self.frame.model_dump(mode="json"),
             "calibration": self.calibration.model_dump(mode="json", exclude={"scores"}),
+            **self._describe_products(),
             **{name: value for name, value in self.card.items() if name not in hidden},
         }
+
+    def _describe_products(self) -> dict[str, Json]:
+        if not self.product_calibrations:
+            return {}
+        described: dict[str, Json] = {
+            name: {
+                "promise": " ".join(own.sentences()),
+                "calibration": own.model_dump(mode="json", exclude={"scores"}),
+            }
+            for name, own in self.product_calibrations.items()
+        }
+        return {"products": described}
+
+    def calibration_of(self, product: str) -> Calibration:
+        """The thresholds of a product; the shared ones where products are not known, or not told.
+
+        Raises:
+            UsageError: the model knows products, but not this one.
+        """
+        if not product or not self.product_calibrations:
+            return self.calibration
+        if product not in self.product_calibrations:
+            known = self.product_calibrations
+            raise UsageError(f"The model has no product '{product}'.", nearest_name(product, known))
+        return self.product_calibrations[product]
 
     def inspect(
         self, paths: Iterable[Path | str], *, product: str = "", batch_size: int = 8
@@ -141,16 +170,26 @@ class Detector:
 
         Decoding runs ahead in threads while the network computes. Answers come in the order of `items`.
         """
-        rules = rules or RegionRules()
-        waiting: list[Loaded[Item] | tuple[Item, Refusal]] = []
-        num_views = 0
-        for loaded in load_framed(items, path_of, self.frame):
-            waiting.append(loaded)
-            num_views += len(loaded.placed.views) if isinstance(loaded, Loaded) else 0
-            if num_views >= batch_size or len(waiting) >= 8 * batch_size:
-                yield from self._answers(waiting, path_of, product, batch_size, rules)
-                waiting, num_views = [], 0
-        yield from self._answers(waiting, path_of, product, batch_size, rules)
+        self.calibration_of(product)  # a wrong name is refused now
+        return self._inspector(path_of, lambda item: product, batch_size, rules).inspect(items)
+
+    def _inspector(
+        self,
+        path_of: Callable[[Item], Path],
+        product_of: Callable[[Item], str],
+        batch_size: int = 8,
+        rules: RegionRules | None = None,
+    ) -> Inspector[Item]:
+        return Inspector(
+            methods=(self.method, *self.fold_methods),
+            frame=self.frame,
+            device=self.device,
+            path_of=path_of,
+            product_of=product_of,
+            calibration_of=self.calibration_of,
+            batch_size=batch_size,
+            rules=rules or RegionRules(),
+        )
 
     def evaluate(
         self,
@@ -163,43 +202,53 @@ class Detector:
     ) -> dict[str, Json]:
         """Metrics on the test part of a labelled data set (keys: metrics.md section 7).
 
+        A model of many products gives `per_product`, `mean` and `pooled` instead, see `labelled_run`.
+
         Args:
-            labelled: a labelled layout or manifest.
+            labelled: a labelled layout or manifest; for many products also a folder of such.
             product: evaluate this product's pictures only.
             each: called with every answer and its mask, e.g. to write them down.
             refused: called with every record that could not be used.
         """
-        dataset = labelled if isinstance(labelled, Dataset) else open_dataset(Path(labelled))
+        dataset = labelled if isinstance(labelled, Dataset) else self.open_labelled(Path(labelled), product)
         records = [r for r in dataset.for_testing() if not product or r.product == product]
         if not records:
             raise UsageError(
                 f"{dataset.root} has no test picture" + (f" of product '{product}'." if product else "."),
                 "Give a labelled layout or a manifest with a test part.",
             )
-        evaluation = Evaluation(_promise(self.calibration))
-        num_refused = 0
-        num_known = 0
-        known = set(cast("list[str]", self.card.get("picture_keys", [])))
-        start = time.perf_counter()
-        for done, answer in enumerate(self.inspect_items(records, lambda r: r.path, product=product), 1):
-            progress("inspecting", done, len(records))
-            try:
-                if not isinstance(answer, Inspected):
-                    raise FettleError(answer[1].reason)
-                record, inspection = answer.item, answer.inspection
-                mask = read_mask(record.mask, inspection.anomaly_map.shape)[0] if record.mask else None
-                evaluation.update(inspection, record.defect, mask)
-            except FettleError as error:
-                num_refused += 1
-                record = answer.item if isinstance(answer, Inspected) else answer[0]
-                if refused is not None:
-                    refused(record, Refusal(str(record.path), str(error)))
-                continue
-            num_known += inspection.sha256[:16] in known
-            if each is not None:
-                each(answer, mask)
-        result = evaluation.compute(time.perf_counter() - start)
-        return {**result, "num_refused": num_refused, "num_seen_in_fit": num_known}
+        for name in sorted({record.product for record in records}):
+            self.calibration_of(name)  # an unknown product is refused before the work
+        several = bool(self.product_calibrations) and not product
+        product_of = (
+            (lambda record: record.product) if self.product_calibrations else (lambda record: product)
+        )
+        run = LabelledRun(
+            self._inspector(lambda record: record.path, product_of),
+            frozenset(cast("list[str]", self.card.get("picture_keys", []))),
+            progress,
+            each,
+            refused,
+        )
+        if several:
+            return run.evaluate_products(records, self.calibration, self.calibration_of)
+        return run.evaluate(records, self.calibration_of(product))
+
+    def open_labelled(self, path: Path, product: str = "") -> Dataset:
+        """Read a data set as this model needs it: the products that the model knows, where it knows some.
+
+        Args:
+            product: the path may then also be this product alone.
+        """
+        if not self.product_calibrations:
+            return open_dataset(path)
+        if not product:
+            return open_products(path, tuple(self.product_calibrations), missing_ok=True)
+        try:
+            return open_products(path, (product,))
+        except DataError:  # not several products
+            alone = open_dataset(path)
+            return replace(alone, records=tuple(replace(r, product=product) for r in alone.records))
 
     def recalibrated(
         self,
@@ -220,7 +269,11 @@ class Detector:
         Raises:
             DataError: no fresh good picture. CalibrationError: `strict`, and too few of them.
         """
-        gathered = gather_good(_good_records(good), group, progress)
+        if self.product_calibrations and isinstance(good, Path | str):
+            good = self.open_labelled(Path(good))
+        gathered = gather_good(
+            _good_records(good), group, progress, by_product=bool(self.product_calibrations)
+        )
         known = set(cast("list[str]", self.card["picture_keys"]))
         fresh = [picture for picture in gathered.pictures if picture.key[:16] not in known]
         num_known = len(gathered.pictures) - len(fresh)
@@ -229,17 +282,18 @@ class Detector:
                 f"The model has learnt from all {num_known} pictures given.",
                 "Give good pictures that it has not.",
             )
+        for name in sorted({picture.product for picture in fresh}):
+            self.calibration_of(name)  # an unknown product is refused before the work
         refused: list[Refusal] = []
         views = judge(
             self.method, fresh, self.frame, device=self.device, progress=progress, refused=refused.append
         )
-        judged = gather_judged(views, len(fresh))
-        calibration = calibrate(
-            judged.scores,
-            target_frr=self.calibration.alpha_reject if target_frr is None else target_frr,
+        calibrations = calibrate_judged(
+            gather_judged(views, len(fresh)),
+            {picture.key: picture.product for picture in fresh} if self.product_calibrations else {},
             mode="holdout",
-            groups=judged.groups if gathered.column else None,
-            pixel_statistics=judged.pixel_statistics or None,
+            target_frr=self.calibration.alpha_reject if target_frr is None else target_frr,
+            grouped=gathered.column is not None,
             strict=strict,
         )
         warnings: list[Json] = [*self.warnings()]
@@ -247,9 +301,19 @@ class Detector:
             warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
         unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
         warnings += unread
-        promise = " ".join(calibration.sentences())
+        kept = sorted(set(self.product_calibrations) - set(calibrations.by_product))
+        if kept:
+            warnings.append(f"No fresh picture of {', '.join(kept)}: the former thresholds stay.")
+        promise = " ".join(calibrations.shared.sentences())
         changed: dict[str, Json] = {"calibration_refused": unread, "promise": promise, "warnings": warnings}
-        return Detector(self.method, self.frame, calibration, {**self.card, **changed}, self.device)
+        return Detector(
+            self.method,
+            self.frame,
+            calibrations.shared,
+            {**self.card, **changed},
+            self.device,
+            product_calibrations={**self.product_calibrations, **calibrations.by_product},
+        )
 
     def save(self, folder: Path | str) -> None:
         """Write the model atomically: a kill at any moment leaves the old model or the new one."""
@@ -266,6 +330,9 @@ class Detector:
             "backbone": cast("dict[str, Json]", asdict(self.method.backbone.spec)),
             "frame": self.frame.model_dump(mode="json"),
             "calibration": self.calibration.model_dump(mode="json"),
+            "product_calibrations": {
+                name: own.model_dump(mode="json") for name, own in self.product_calibrations.items()
+            },
             "card": self.card,
         }
         write_model(Path(folder), content, tensors)
@@ -288,6 +355,10 @@ class Detector:
                 raise ValueError(f"its backbone has no levels {levels}")
             frame = Frame.model_validate(content["frame"])
             calibration = Calibration.model_validate(content["calibration"])
+            by_product = {
+                name: Calibration.model_validate(own)
+                for name, own in cast("dict[str, object]", content.get("product_calibrations", {})).items()
+            }
             card = content["card"]
             if not isinstance(card, dict):
                 raise TypeError("its card is no object")
@@ -303,104 +374,7 @@ class Detector:
             ) from error
         for method in methods:
             cast(torch.nn.Module, method).to(device).eval()
-        return cls(methods[0], frame, calibration, card, device, methods[1:])
-
-    def _answers(
-        self,
-        waiting: Sequence[Loaded[Item] | tuple[Item, Refusal]],
-        path_of: Callable[[Item], Path],
-        product: str,
-        batch_size: int,
-        rules: RegionRules,
-    ) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
-        """Answer some decoded pictures; their views go through the network together."""
-        loaded = [item for item in waiting if isinstance(item, Loaded)]
-        if loaded:
-            views = np.concatenate([item.placed.views for item in loaded])
-            valid = np.concatenate([item.placed.valid for item in loaded])
-            start = time.perf_counter()
-            maps, scores = self._run(self.method, views, valid, batch_size)
-            fold_scores = [self._run(fold, views, valid, batch_size)[1] for fold in self.fold_methods]
-            compute = (time.perf_counter() - start) / len(views)
-        first = 0
-        for item in waiting:
-            if not isinstance(item, Loaded):
-                yield item
-                continue
-            last = first + len(item.placed.views)
-            yield self._answer(
-                item,
-                path_of(item.item),
-                maps[first:last],
-                scores[first:last],
-                [float(of_fold[first:last].max()) for of_fold in fold_scores],
-                compute,
-                product,
-                rules,
-            )
-            first = last
-
-    def _answer(
-        self,
-        loaded: Loaded[Item],
-        path: Path,
-        maps: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        fold_scores: Sequence[float],
-        seconds: float,
-        product: str,
-        rules: RegionRules,
-    ) -> Inspected[Item] | tuple[Item, Refusal]:
-        """One picture's answer from its views' maps (n, H, W) and scores (n,)."""
-        start = time.perf_counter()
-        own_map, valid = self.frame.restore(maps, loaded.placed, loaded.picture.size)
-        score = float(scores.max())
-        if not np.isfinite(score):
-            reason = f"'{path}' got no finite score from the model. Look at its pixels."
-            return loaded.item, Refusal(str(path), reason)
-        calibration = self.calibration
-        threshold = calibration.pixel_threshold
-        regions: tuple[Region, ...] = ()
-        if threshold is not None:
-            regions = find_regions(own_map, valid, threshold, **asdict(rules))
-        inspection = Inspection(
-            path=str(path),
-            score=score,
-            verdict=calibration.cross_verdict(fold_scores) if fold_scores else calibration.verdict(score),
-            regions=regions,
-            anomaly_map=own_map,
-            valid=valid,
-            seconds={
-                "decode": loaded.seconds,
-                "compute": seconds * len(maps),
-                "regions": time.perf_counter() - start,
-            },
-            product=product,
-            sha256=loaded.picture.sha256,
-            notes=loaded.picture.notes + loaded.placed.notes,
-        )
-        return Inspected(loaded.item, loaded.picture, inspection)
-
-    @torch.inference_mode()
-    def _run(
-        self, method: Method, views: NDArray[np.float32], valid: NDArray[np.bool_], batch_size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Views (n, 3, H, W) -> maps (n, H, W) and scores (n,)."""
-        answers = [
-            method(
-                torch.from_numpy(views[i : i + batch_size]).to(self.device),
-                torch.from_numpy(valid[i : i + batch_size]).to(self.device),
-            )
-            for i in range(0, len(views), batch_size)
-        ]
-        maps = torch.cat([a.anomaly_map for a in answers]).cpu().numpy()
-        return maps, torch.cat([a.score for a in answers]).cpu().numpy()
-
-
-def _promise(calibration: Calibration) -> Promise:
-    rate, count = calibration.frr_promised, calibration.num_scores
-    rank = None if rate is None else order_statistic(count, rate, calibration.confidence)
-    return Promise(rate, calibration.promise_on, count, rank)
+        return cls(methods[0], frame, calibration, card, device, methods[1:], by_product)
 
 
 def _learnt(method: Method) -> dict[str, torch.Tensor]:
@@ -409,7 +383,8 @@ def _learnt(method: Method) -> dict[str, torch.Tensor]:
 
 
 def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Set what a method learnt. Buffers take the stored shape, since a memory's size is learnt too."""
+    """Set what a method learnt. Buffers take the stored shape, since a memory's size is learnt too, and so do
+    parameters that have no rows yet."""
     own = {name for name in method.state_dict() if not name.startswith("backbone.")}
     if own != set(state):
         raise ValueError(f"its tensors are {sorted(state)}, not {sorted(own)}")
@@ -421,8 +396,12 @@ def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> 
             if (tensor.dtype, tensor.ndim) != (buffers[name].dtype, buffers[name].ndim):
                 raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
             setattr(module, last, tensor)
-        elif getattr(module, last).shape == tensor.shape:
-            getattr(module, last).data.copy_(tensor)
+            continue
+        parameter = getattr(module, last)
+        if len(parameter) == 0 and parameter.shape[1:] == tensor.shape[1:]:  # rows of a grid not known yet
+            parameter.data = tensor.to(parameter.dtype)
+        elif parameter.shape == tensor.shape:
+            parameter.data.copy_(tensor)
         else:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
 

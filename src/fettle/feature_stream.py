@@ -25,6 +25,15 @@ class GoodPicture:
     path: Path
     key: str
     group: str
+    product: str = ""
+
+
+def in_stream_order(pictures: Sequence[GoodPicture]) -> list[GoodPicture]:
+    """Pictures group by group, ordered by content and never by listing."""
+    first_key: dict[str, str] = {}
+    for picture in sorted(pictures, key=lambda picture: picture.key):
+        first_key.setdefault(picture.group, picture.key)
+    return sorted(pictures, key=lambda picture: (first_key[picture.group], picture.key))
 
 
 class GoodFeatures:
@@ -52,10 +61,7 @@ class GoodFeatures:
         cache_mib: int = 256,
     ) -> None:
         self._method = method
-        first_key: dict[str, str] = {}
-        for picture in sorted(pictures, key=lambda picture: picture.key):
-            first_key.setdefault(picture.group, picture.key)
-        self._pictures = sorted(pictures, key=lambda picture: (first_key[picture.group], picture.key))
+        self._pictures = in_stream_order(pictures)
         self._frame = frame
         self._device = device
         self._batch_size = batch_size

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,15 +17,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fettle.backbones import registry as backbones
-from fettle.calibration import Calibration, calibrate, needed_pictures
+from fettle.calibration import needed_pictures
+from fettle.datasets.products import product_notes
 from fettle.datasets.records import Dataset
 from fettle.errors import UsageError, nearest_name
 from fettle.gathering import gather_good
 from fettle.images.decode import read_mask
 from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_frame
-from fettle.judging import CalibrationMode, Fitter
+from fettle.judging import CalibrationMode, Calibrations, Fitter, calibrate_judged
 from fettle.methods.registry import find_method, make_config
 from fettle.protocols import Json, Method, Progress, Run
+from fettle.training import process_device
 
 
 class FitRequest(BaseModel):
@@ -40,6 +44,12 @@ class FitRequest(BaseModel):
         target_frr: share of good parts that may be rejected. strict: fail where it cannot be promised.
         calibration: how good pictures are judged by a model that does not know them, see `judging`.
         memory_mib: bound on what the fit holds besides the network.
+        multi_class: one model for many products, which the data set names; thresholds for each and shared.
+        products: of these only; empty for all.
+        cache_dir: folder of the feature cache that trained methods use; None: FETTLE_CACHE, else the user's
+            cache folder. cache_mib: bound on it; 0 switches it off.
+        training_dir: folder in which a training keeps its state to be resumed; None: nowhere.
+        log_dir: folder for a TensorBoard log.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,18 +71,47 @@ class FitRequest(BaseModel):
     calibration: CalibrationMode = "auto"
     memory_mib: int = Field(default=512, ge=32)
     device: str = "cpu"
+    multi_class: bool = False
+    products: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    cache_mib: int = Field(default=8192, ge=0)
+    training_dir: Path | None = None
+    log_dir: Path | None = None
+
+    def run(self, progress: Progress, say: Callable[[str], None]) -> Run:
+        """The circumstances of the fit. Half the memory is the method's, half keeps features."""
+        return Run(
+            seed=self.seed,
+            device=process_device(self.device),
+            memory_mib=self.memory_mib // 2,
+            progress=progress,
+            say=say,
+            cache_dir=(self.cache_dir or default_cache_dir()) if self.cache_mib else None,
+            cache_mib=self.cache_mib,
+            training_dir=self.training_dir,
+            log_dir=self.log_dir,
+        )
+
+
+def default_cache_dir() -> Path:
+    """FETTLE_CACHE, else `fettle` in the user's cache folder."""
+    chosen = os.environ.get("FETTLE_CACHE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else cache / "fettle" / "features"
 
 
 def make_request(settings: Mapping[str, object]) -> FitRequest:
     """A request from keyword arguments.
 
     Raises:
-        UsageError: an unknown name, or a value that it does not take.
+        UsageError: an unknown name, a value that it does not take, or products without multi_class.
     """
     known = FitRequest.model_fields
     for name in settings:
         if name not in known:
             raise UsageError(f"A fit has no setting '{name}'.", nearest_name(name, known))
+    if settings.get("products") and not settings.get("multi_class"):
+        raise UsageError("Products are chosen without multi-class.", "Add --multi-class.")
     try:
         return FitRequest.model_validate(dict(settings))
     except ValidationError as error:
@@ -90,7 +129,7 @@ class FittedParts:
     method: Method
     fold_methods: tuple[Method, ...]
     frame: Frame
-    calibration: Calibration
+    calibrations: Calibrations
     card: dict[str, Json]
 
 
@@ -105,9 +144,9 @@ def fit_parts(
     method_class = find_method(request.method)
     config = make_config(method_class, request.preset, request.settings)
     preset = method_class.presets[request.preset]
-    # Half for the method, half for features that are kept for a second walk.
-    run = Run(request.seed, request.device, request.memory_mib // 2, progress, say)
-    good = gather_good(dataset, request.group, progress)
+    _check_request(request, method_class)
+    run = request.run(progress, say)
+    good = gather_good(dataset, request.group, progress, by_product=request.multi_class)
     name = request.backbone or (None if request.weights else preset.backbone)
     levels = _levels(method_class, config, name, request.weights)
     backbone = backbones.load_backbone(name, levels, weights=request.weights)
@@ -131,7 +170,7 @@ def fit_parts(
 
     def new_method() -> Method:
         method = method_class(backbone, config, levels)
-        cast(torch.nn.Module, method).to(request.device).eval()
+        cast(torch.nn.Module, method).to(run.device).eval()
         return method
 
     fitter = Fitter(new_method, frame, run)
@@ -140,14 +179,15 @@ def fit_parts(
     method = judged.method
     if judged.energies is not None:
         method.settle(judged.energies)
-    calibration = calibrate(
-        judged.scores,
-        target_frr=request.target_frr,
+    product_of = {picture.key: picture.product for picture in good.pictures if request.multi_class}
+    calibrations = calibrate_judged(
+        judged,
+        product_of,
         mode=judged.mode,
-        groups=judged.groups if good.column else None,
-        folds=judged.folds,
-        pixel_statistics=judged.pixel_statistics or None,
+        target_frr=request.target_frr,
+        grouped=good.column is not None,
         strict=request.strict,
+        folds=judged.folds,
     )
     refused = good.refused + fitter.refusals
     card: dict[str, Json] = {
@@ -162,14 +202,42 @@ def fit_parts(
             "sha256": hashlib.sha256("".join(sorted(good.sizes)).encode()).hexdigest(),
             "group_column": good.column,
             "duplicates_left_out": good.num_duplicates,
+            **({"products": dict(Counter(product_of.values()))} if product_of else {}),
             "refused": [asdict(refusal) for refusal in refused],
         },
         "picture_keys": [picture.key[:16] for picture in good.pictures],
         "fit": judged.record.facts,
-        "warnings": [*judged.record.warnings],
-        "promise": " ".join(calibration.sentences()),
+        "warnings": [*judged.record.warnings, *_product_warnings(dataset, request)],
+        "promise": " ".join(calibrations.shared.sentences()),
     }
-    return FittedParts(method, judged.fold_methods, frame, calibration, card)
+    return FittedParts(method, judged.fold_methods, frame, calibrations, card)
+
+
+def _check_request(request: FitRequest, method_class: type[Method]) -> None:
+    """Refuse what does not go together."""
+    if not request.multi_class:
+        return
+    if not method_class.traits.multi_class:
+        raise UsageError(
+            f"Method '{request.method}' cannot hold many products in one model.",
+            "'fettle methods' lists those that can; or fit a model for each product.",
+        )
+    if request.calibration == "cross":
+        raise UsageError(
+            "Cross calibration keeps a model a fold and is for one product.", "Use --calibration kfold."
+        )
+
+
+def _product_warnings(dataset: Dataset, request: FitRequest) -> list[str]:
+    if request.multi_class:
+        return product_notes(dataset)
+    products = sorted({record.product for record in dataset.good_for_training()})
+    if len(products) < 2:
+        return []
+    return [
+        f"The pictures are of {len(products)} products ({', '.join(products[:5])}, ...), and one threshold "
+        "is set for all. Use --multi-class for thresholds of each."
+    ]
 
 
 def _levels(

@@ -25,10 +25,16 @@ class GatheredPictures:
     refused: list[Refusal]
 
 
-def gather_good(dataset: Dataset, group: str | None, progress: Progress) -> GatheredPictures:
+def gather_good(
+    dataset: Dataset, group: str | None, progress: Progress, *, by_product: bool = False
+) -> GatheredPictures:
     """The good training pictures of a data set: hashed, deduplicated, grouped.
 
     Equal files count once: a copy is no further evidence, and would break the promise.
+
+    Args:
+        group: column of pictures that belong together. by_product: keep each picture's product; a group is
+            then one within its product.
 
     Raises:
         DataError: none is left.
@@ -47,9 +53,11 @@ def gather_good(dataset: Dataset, group: str | None, progress: Progress) -> Gath
         except (PictureError, OSError) as error:
             refused.append(Refusal(str(record.path), str(error)))
             continue
+        product = record.product if by_product else ""
+        own_group = f"{product}/{own_group}" if product else own_group
         num_duplicates += key in pictures
         if key not in pictures or own_group < pictures[key].group:  # not: the first that is listed
-            pictures[key] = GoodPicture(record.path, key, own_group)
+            pictures[key] = GoodPicture(record.path, key, own_group, product)
         sizes[key] = size
     if not pictures:
         first = f" The first refusal: {refused[0].reason}" if refused else ""

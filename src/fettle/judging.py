@@ -11,25 +11,27 @@ Four ways, the raw material of calibration (base-methods 8.3):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fettle.calibration import Mode, pixel_statistic
+from fettle.calibration import Calibration, Mode, calibrate, pixel_statistic
 from fettle.datasets.splits import folds, hold_out
-from fettle.errors import UsageError
+from fettle.errors import DataError, UsageError
+from fettle.feature_cache import TrainingPictures
 from fettle.feature_stream import GoodFeatures, GoodPicture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
 from fettle.layers.pixel_map import valid_tokens
-from fettle.protocols import FitRecord, LeavesOut, LeftOut, Method, Progress, Run
+from fettle.protocols import FitRecord, LeavesOut, LeftOut, Method, Progress, Run, Trained
+from fettle.training import TrainingConfig, train
 
 CalibrationMode: TypeAlias = Literal["auto", "leave_one_out", "holdout", "kfold", "cross"]
 
@@ -37,6 +39,7 @@ _FOLDS = 5
 _FEW = 20  # below so many groups, k-fold leaves out one at a time
 _LEAST_HELD_OUT = 0.2
 _MOST_HELD_OUT = 0.5
+_EARLY_STOP_SHARE = 0.1  # of the pictures that may be learnt from
 _MAX_ENERGIES = 1_000_000
 
 
@@ -116,8 +119,14 @@ class Fitter:
             UsageError: leave_one_out of a method that cannot leave pictures out.
         """
         num_groups = len({picture.group for picture in pictures})
+        leaves_out = self._new_method().traits.leave_one_out
+        if num_groups < 2 and not leaves_out:
+            raise DataError(
+                f"Method '{self._new_method().name}' needs at least 2 good pictures, not {num_groups}.",
+                "Give more, of different groups, or use --method patchcore, which works from one.",
+            )
         if mode == "auto":
-            mode = "leave_one_out" if self._new_method().traits.leave_one_out or num_groups < 2 else "holdout"
+            mode = "leave_one_out" if leaves_out else "holdout"
         if mode == "leave_one_out" or num_groups < 2:
             return self._leave_one_out(pictures)
         if mode == "holdout":
@@ -134,21 +143,19 @@ class Fitter:
         record = method.prepare(stream, self._run)
         stream.what = "calibrating"
         judged = gather_judged(method.left_out(stream, self._run), len(pictures))
-        self._note(stream)
+        self._note(stream.refusals)
         num_fit = len(pictures) - len(stream.refusals)
         return FittedMethod(
             **vars(judged), method=method, mode="leave_one_out", record=record, num_fit=num_fit
         )
 
     def _hold_out(self, pictures: Sequence[GoodPicture], least: int) -> FittedMethod:
-        share = min(max(_LEAST_HELD_OUT, least / len(pictures)), _MOST_HELD_OUT)
-        held = hold_out(*_keys_and_groups(pictures), share)
-        learnt = [picture for picture, out in zip(pictures, held, strict=True) if not out]
-        method, record = self._learn(learnt)
-        judged = self._judge(method, [picture for picture, out in zip(pictures, held, strict=True) if out])
-        return FittedMethod(
-            **vars(judged), method=method, mode="holdout", record=record, num_fit=self._num_readable(learnt)
+        rest, held = _split_off(
+            pictures, lambda number: min(max(_LEAST_HELD_OUT, least / number), _MOST_HELD_OUT)
         )
+        method, record, num_fit = self._learn(rest)
+        judged = self._judge(method, held)
+        return FittedMethod(**vars(judged), method=method, mode="holdout", record=record, num_fit=num_fit)
 
     def _cross_fit(self, pictures: Sequence[GoodPicture], num_groups: int, *, keep: bool) -> FittedMethod:
         count = _FOLDS if num_groups >= _FEW else num_groups
@@ -158,27 +165,55 @@ class Fitter:
         methods = []
         for fold in range(count):
             self._run.say(f"Fold {fold + 1} of {count}.")
-            method, _ = self._learn([p for p in pictures if fold_by_key[p.key] != fold])
+            method, _, _ = self._learn([p for p in pictures if fold_by_key[p.key] != fold], f"fold{fold}")
             judged.extend(self._judge(method, [p for p in pictures if fold_by_key[p.key] == fold]))
             if keep:
                 methods.append(method)
-        method, record = self._learn(pictures)
+        method, record, num_fit = self._learn(pictures)
         return FittedMethod(
             **vars(judged),
             method=method,
             mode="cross" if keep else "kfold",
             record=record,
-            num_fit=self._num_readable(pictures),
+            num_fit=num_fit,
             folds=[fold_by_key[key] for key in judged.keys] if keep else None,
             fold_methods=tuple(methods),
         )
 
-    def _learn(self, pictures: Sequence[GoodPicture]) -> tuple[Method, FitRecord]:
+    def _learn(
+        self, pictures: Sequence[GoodPicture], purpose: str = "final"
+    ) -> tuple[Method, FitRecord, int]:
+        """A method that has learnt from these pictures, and how many of them it could read."""
         method = self._new_method()
+        if isinstance(method, Trained):
+            return self._train(method, pictures, purpose)
         stream = self._stream(method, pictures)
         record = method.prepare(stream, self._run)
-        self._note(stream)
-        return method, record
+        self._note(stream.refusals)
+        return method, record, self._num_readable(pictures)
+
+    def _train(
+        self, method: Trained, pictures: Sequence[GoodPicture], purpose: str
+    ) -> tuple[Method, FitRecord, int]:
+        """Prepare, then train. With an early stop a tenth watches, and is not learnt from."""
+        run = self._run
+        run = replace(
+            run,
+            training_dir=run.training_dir / purpose if run.training_dir else None,
+            log_dir=run.log_dir / purpose if run.log_dir else None,
+        )
+        learnt: list[GoodPicture] = list(pictures)
+        watching: list[GoodPicture] = []
+        if cast(TrainingConfig, method.config).early_stop:
+            learnt, watching = _split_off(pictures, lambda number: _EARLY_STOP_SHARE, "early stop")
+        stream = TrainingPictures(method, learnt, self._frame, run)
+        record = method.prepare(stream, run)
+        held_out = TrainingPictures(method, watching, self._frame, run) if watching else None
+        trained = train(method, stream, run, held_out=held_out)
+        self._note(stream.refusals + (held_out.refusals if held_out else []))
+        cast(torch.nn.Module, method).eval()
+        record = FitRecord({**record.facts, **trained.facts}, record.warnings + trained.warnings)
+        return method, record, self._num_readable(learnt)
 
     def _judge(self, method: Method, pictures: Sequence[GoodPicture]) -> Judged:
         refused: list[Refusal] = []
@@ -191,7 +226,7 @@ class Fitter:
             refused=refused.append,
         )
         judged = gather_judged(views, len(pictures))
-        self._refused |= {refusal.path: refusal for refusal in refused}
+        self._note(refused)
         return judged
 
     def _stream(self, method: Method, pictures: Sequence[GoodPicture]) -> GoodFeatures:
@@ -205,8 +240,8 @@ class Fitter:
             cache_mib=self._run.memory_mib,
         )
 
-    def _note(self, stream: GoodFeatures) -> None:
-        self._refused |= {refusal.path: refusal for refusal in stream.refusals}
+    def _note(self, refusals: Iterable[Refusal]) -> None:
+        self._refused |= {refusal.path: refusal for refusal in refusals}
 
     def _num_readable(self, pictures: Sequence[GoodPicture]) -> int:
         return sum(str(picture.path) not in self._refused for picture in pictures)
@@ -214,6 +249,64 @@ class Fitter:
 
 def _keys_and_groups(pictures: Sequence[GoodPicture]) -> tuple[list[str], list[str]]:
     return [picture.key for picture in pictures], [picture.group for picture in pictures]
+
+
+def _split_off(
+    pictures: Sequence[GoodPicture], share_of: Callable[[int], float], purpose: str = ""
+) -> tuple[list[GoodPicture], list[GoodPicture]]:
+    """The pictures that stay and those split off: of each product its share, whole groups, by content."""
+    split: set[str] = set()
+    for product in sorted({picture.product for picture in pictures}):
+        own = [picture for picture in pictures if picture.product == product]
+        out = hold_out(*_keys_and_groups(own), share_of(len(own)), purpose)
+        split |= {picture.key for picture, chosen in zip(own, out, strict=True) if chosen}
+    return [p for p in pictures if p.key not in split], [p for p in pictures if p.key in split]
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """Thresholds from all pictures together, and from each product's own."""
+
+    shared: Calibration
+    by_product: dict[str, Calibration]
+
+
+def calibrate_judged(
+    judged: Judged,
+    product_of: Mapping[str, str],
+    *,
+    mode: Mode,
+    target_frr: float,
+    grouped: bool,
+    strict: bool,
+    folds: Sequence[int] | None = None,
+) -> Calibrations:
+    """Thresholds from what good pictures scored.
+
+    Args:
+        product_of: product by picture key; empty for a model of one product, which has no other thresholds.
+        grouped: pictures of one group count once.
+        strict: fail where the promise cannot be made, for all together or for one product.
+    """
+
+    def from_pictures(chosen: Sequence[int]) -> Calibration:
+        own_groups = [judged.groups[i] for i in chosen]
+        return calibrate(
+            [judged.scores[i] for i in chosen],
+            target_frr=target_frr,
+            mode=mode,
+            groups=own_groups if grouped else None,
+            folds=folds,
+            pixel_statistics=[judged.pixel_statistics[i] for i in chosen] or None,
+            strict=strict,
+        )
+
+    by_product: dict[str, list[int]] = {}
+    for i, key in enumerate(judged.keys):
+        if key in product_of:
+            by_product.setdefault(product_of[key], []).append(i)
+    shared = from_pictures(range(len(judged.keys)))
+    return Calibrations(shared, {name: from_pictures(own) for name, own in sorted(by_product.items())})
 
 
 def gather_judged(left_out: Iterable[LeftOut], num_pictures: int) -> Judged:

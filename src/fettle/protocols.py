@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class FeatureStream(Protocol):
     def __iter__(self) -> Iterator[FeatureBatch]: ...
 
 
+def stream_seed(name: str) -> int:
+    """A 63-bit seed hashed from a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
 Progress: TypeAlias = "Callable[[str, int, int], None]"
 """progress(what, done, total): called often; a front end draws it."""
 
@@ -134,6 +140,10 @@ class Run:
         memory_mib: bound on what a fit may hold besides the network, MiB.
         progress: called with (what, done, total).
         say: called with a sentence that the user should see while he waits.
+        cache_dir: folder of the feature cache of trained methods; None computes features in every step.
+        cache_mib: bound on that folder, MiB.
+        training_dir: folder where a training keeps its state, so that it can go on after a kill.
+        log_dir: folder for a TensorBoard log; None: none.
     """
 
     seed: int = 0
@@ -141,11 +151,14 @@ class Run:
     memory_mib: int = 256
     progress: Progress = no_progress
     say: Callable[[str], None] = no_words
+    cache_dir: Path | None = None
+    cache_mib: int = 8192
+    training_dir: Path | None = None
+    log_dir: Path | None = None
 
     def stream_seed(self, name: str) -> int:
         """A 63-bit seed for the purpose `name`, independent of every other purpose's."""
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
+        return stream_seed(f"{self.seed}/{name}")
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator for the purpose `name`."""
@@ -243,4 +256,85 @@ class LeavesOut(Protocol):
 
     def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
         """Each picture of `good`, judged without itself and its group, in the stream's order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a training. All randomness of the step is hashed from it, so that resuming needs no state.
+
+    Attributes:
+        number: from 0. total: steps planned.
+        seed: of the run. rank: of this process among several; each draws its own.
+    """
+
+    number: int
+    total: int
+    seed: int = 0
+    rank: int = 0
+
+    @property
+    def share(self) -> float:
+        """How far the training is, 0 at the first step, 1 at the last."""
+        return self.number / max(self.total - 1, 1)
+
+    def stream_seed(self, name: str) -> int:
+        """A 63-bit seed for the purpose `name` in this step."""
+        return stream_seed(f"{self.seed}/{self.number}/{self.rank}/{name}")
+
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator for the purpose `name` in this step."""
+        import torch
+
+        return torch.Generator().manual_seed(self.stream_seed(name))
+
+
+class Batch(NamedTuple):
+    """What a training step learns from: views of good pictures.
+
+    Attributes:
+        features: clean features as `Method.features` gives them, rounded through half precision.
+        valid: (B, 1, H, W) bool, framed px.
+        pictures: (B, 3, H, W) in 0..1 where the step needs them, else None.
+    """
+
+    features: dict[str, Tensor]
+    valid: Tensor
+    pictures: Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """A scalar to go down on, and what predicting the mean feature would cost: their ratio is the
+    normalised loss (1 = has learnt no more than the mean)."""
+
+    value: Tensor
+    baseline: float
+
+
+@runtime_checkable
+class Trained(Method, Protocol):
+    """A method that learns by gradient steps. Its Config is a `training.TrainingConfig`.
+
+    `prepare` walks the good pictures once, before the first step: scales, templates, baselines. Parameters
+    that require gradients are trained; the backbone's never do.
+    """
+
+    def feature_key(self) -> str:
+        """The recipe of `features` (levels, alignment, ...): part of the feature cache's key."""
+        ...
+
+    def needs(self, step: Step) -> frozenset[str]:
+        """What this step's batch must carry besides features: "pictures", or nothing."""
+        ...
+
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+        """One loss for each optimiser step that this batch gives; most methods give one."""
+        ...
+
+    def held_out_loss(self, batch: Batch) -> Loss:
+        """The loss on pictures not learnt from: no perturbation, nothing random."""
+        ...
+
+    def after_step(self, step: Step) -> None:
+        """What follows an optimiser step, such as a momentum copy."""
         ...

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_facts, print_json
-from fettle.cli.options import AsJson, Out
+from fettle.cli.options import AsJson, Out, parse_names
 from fettle.protocols import Json
 
 app = typer.Typer(help="Data sets: describe one, or render the procedural parts.", no_args_is_help=True)
@@ -46,7 +46,7 @@ def parts(
     """Render pictures of parts with exact defect masks, in the MVTec-AD layout."""
     from fettle.datasets.parts import PRODUCTS, write_parts
 
-    names = tuple(name.strip() for name in products.split(",") if name.strip()) or PRODUCTS
+    names = tuple(parse_names(products)) or PRODUCTS
     with Screen() as screen:
         written = write_parts(
             out,

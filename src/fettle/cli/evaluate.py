@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fettle.detector import Detector, Inspected
     from fettle.inspection import Refusal
     from fettle.protocols import Json
+    from fettle.report.run_folder import RunWriter
 
 SHOWN = {
     "image_auroc": "image\nAUROC",
@@ -52,6 +53,8 @@ def evaluate(
         result = evaluate_into(Detector.load(model), labelled, out, product, screen)
     if as_json:
         print_json(result)
+    elif "per_product" in result:
+        print_products(result)
     else:
         print_metrics(result)
     if result["num_refused"]:
@@ -61,21 +64,33 @@ def evaluate(
 def evaluate_into(
     detector: Detector, labelled: Path | Dataset, out: Path | None, product: str, screen: Screen
 ) -> dict[str, Json]:
-    """Evaluate, and write a run folder where `out` is given.
+    """Evaluate, and write a run folder where `out` is given; one for each product of a model of many.
 
     Raises:
         UsageError: the data set has no test picture of that product.
     """
-    from fettle.datasets.open import open_dataset
+    from fettle.report.products import product_folders, write_products
 
-    dataset = open_dataset(labelled) if isinstance(labelled, Path) else labelled
+    dataset = detector.open_labelled(labelled, product) if isinstance(labelled, Path) else labelled
     _check_product(dataset, product)
+    several = bool(detector.product_calibrations) and not product
+    folders: dict[str, Path] = {}
+    if out is not None:
+        products = sorted({record.product for record in dataset.for_testing()})
+        folders = product_folders(out, products) if several else {product: out}
     not_kept = 0
     with ExitStack() as stack:
-        run = None if out is None else stack.enter_context(open_run(detector, out))
+        runs = {
+            name: stack.enter_context(open_run(detector, folder, product=name))
+            for name, folder in folders.items()
+        }
+
+        def run_of(record: Record) -> RunWriter | None:
+            return runs.get(record.product if several else product)
 
         def each(answer: Inspected[Record], mask: NDArray[np.bool_] | None) -> None:
             nonlocal not_kept
+            run = run_of(answer.item)
             if run is not None:
                 truth = answer.item.defect
                 kept = add_or_refuse(run, screen, answer.inspection, answer.picture, truth=truth, mask=mask)
@@ -83,6 +98,7 @@ def evaluate_into(
 
         def refused(record: Record, refusal: Refusal) -> None:
             screen.say(f"Refused: {refusal.reason}")
+            run = run_of(record)
             if run is not None:
                 run.refuse(refusal, truth=record.defect)
 
@@ -90,9 +106,13 @@ def evaluate_into(
             dataset, product=product, progress=screen.progress, each=each, refused=refused
         )
         result["num_refused"] = cast(int, result["num_refused"]) + not_kept
-        if run is not None:
-            run.finish(result)
-    for note in _notes(result):
+        own = cast("dict[str, dict[str, Json]]", result["per_product"] if several else {product: result})
+        for name, run in runs.items():
+            run.finish(own[name])
+    if out is not None and several:
+        write_products(out, folders, result)
+    pooled = cast("dict[str, Json]", result["pooled"]) if several else {}
+    for note in _notes({**result, **pooled}):
         screen.say(f"Note: {note}")
     return result
 
@@ -132,6 +152,22 @@ def print_metrics(result: dict[str, Json]) -> None:
     ]
     print_table(["defect", "n", *SHOWN.values()], rows)
     print(rates_sentence(result))
+
+
+def print_products(result: dict[str, Json]) -> None:
+    """The table for a person: each product by its own thresholds, their mean, and all by shared ones."""
+    per_product = cast("dict[str, dict[str, Json]]", result["per_product"])
+    lines = {
+        **per_product,
+        "mean": cast("dict[str, Json]", result["mean"]),
+        "pooled": cast("dict[str, Json]", result["pooled"]),
+    }
+    rows = [
+        [name, values["num_defective"], *(values[key] for key in SHOWN)] for name, values in lines.items()
+    ]
+    print_table(["product", "n", *SHOWN.values()], rows)
+    for name, values in per_product.items():
+        print(f"{name}: {rates_sentence(values)}")
 
 
 def rates_sentence(result: dict[str, Json]) -> str:

@@ -17,6 +17,7 @@ from fettle.cli.options import (
     check_device,
     check_model_out,
     check_share,
+    parse_names,
     parse_roi,
     parse_settings,
 )
@@ -55,6 +56,19 @@ def fit(
     ] = "auto",
     memory_mib: Annotated[int, typer.Option(help="Memory for the fit besides the network, MiB.")] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    multi_class: Annotated[
+        bool, typer.Option("--multi-class", help="One model for the products in GOOD, thresholds for each.")
+    ] = False,
+    products: Annotated[
+        str | None, typer.Option(help="With --multi-class: these only, names with commas between.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the feature cache; default: FETTLE_CACHE, or the user's.")
+    ] = None,
+    cache_mib: Annotated[int, typer.Option(min=0, help="Bound on the feature cache, MiB; 0: none.")] = 8192,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder for a TensorBoard log of the training.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,6 +76,7 @@ def fit(
     from fettle.detector import Detector
     from fettle.images.framing import FrameMode
     from fettle.judging import CalibrationMode
+    from fettle.training import forget, is_main_process
 
     check_choice("frame", frame, get_args(FrameMode))
     check_choice("calibration", calibration, get_args(CalibrationMode))
@@ -69,6 +84,7 @@ def fit(
     check_device(device)
     check_model_out(out)
 
+    training_dir = out.with_name(f"{out.absolute().name}.training")
     start = time.perf_counter()
     with Screen() as screen:
         detector = Detector.fit(
@@ -89,10 +105,19 @@ def fit(
             calibration=calibration,
             memory_mib=memory_mib,
             device=device,
+            multi_class=multi_class,
+            products=tuple(parse_names(products)),
+            cache_dir=cache_dir,
+            cache_mib=cache_mib,
+            training_dir=training_dir,
+            log_dir=log_dir,
             progress=screen.progress,
             say=screen.say,
         )
+        if not is_main_process():  # the first of several processes writes and speaks
+            return
         detector.save(out)
+        forget(training_dir)
         refused = _refused(detector.card)
         say_refused(screen, refused)
         for warning in detector.warnings():
@@ -110,6 +135,7 @@ def fit(
                 "promise_on": promised.promise_on,
                 "needed": promised.needed,
                 "seconds": seconds,
+                **_products(detector),
             }
         )
     else:
@@ -132,6 +158,24 @@ def _print_model(detector: Detector, out: Path, method: str, preset: str, second
     )
     for sentence in promised.sentences():
         print(sentence)
+    for name, own in detector.product_calibrations.items():
+        print(f"{name}: {' '.join(own.sentences()[:2])}")
+
+
+def _products(detector: Detector) -> dict[str, Json]:
+    """What is promised for each product of a model of many."""
+    if not detector.product_calibrations:
+        return {}
+    promises: dict[str, Json] = {
+        name: {
+            "num_calibration": own.num_scores,
+            "frr_promised": own.frr_promised,
+            "promise_on": own.promise_on,
+            "needed": own.needed,
+        }
+        for name, own in detector.product_calibrations.items()
+    }
+    return {"products": promises}
 
 
 def _refused(card: Mapping[str, Json]) -> list[str]:

@@ -17,7 +17,9 @@ def inspect(
     model: Model,
     paths: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or manifests.")],
     out: Out,
-    product: Annotated[str, typer.Option(help="The product's name, kept in each row.")] = "",
+    product: Annotated[
+        str, typer.Option(help="The product's name: kept in each row, and choosing its thresholds.")
+    ] = "",
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write full-size overlays.")] = False,
     mm_per_pixel: Annotated[float | None, typer.Option(help="Scale, for areas and lengths in mm.")] = None,
     min_area: Annotated[int, typer.Option(min=1, help="Smaller regions are left out, px.")] = 1,
@@ -30,9 +32,9 @@ def inspect(
 
     pictures = list_pictures(paths)
     detector = Detector.load(model)
-    share = RunningShare(detector.calibration)
+    share = RunningShare(detector.calibration_of(product))
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
-    with Screen() as screen, open_run(detector, out, overlays=overlays) as run:
+    with Screen() as screen, open_run(detector, out, product=product, overlays=overlays) as run:
 
         def note(sentence: str | None) -> None:
             if sentence is not None:

@@ -35,6 +35,11 @@ def parse_settings(pairs: list[str]) -> dict[str, object]:
     return settings
 
 
+def parse_names(text: str | None) -> list[str]:
+    """Names with commas between; none where the option is not given."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def parse_roi(text: str | None) -> tuple[float, float, float, float] | None:
     """left,top,right,bottom as four numbers. Whether they enclose an area is the frame's to say.
 

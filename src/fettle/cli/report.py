@@ -15,5 +15,7 @@ def report(
 ) -> None:
     """Write the HTML report of a run folder and print its path."""
     from fettle.report.page import write_report
+    from fettle.report.products import PRODUCTS_JSON, write_products_report
 
-    print(write_report(out))
+    several = (out / PRODUCTS_JSON).is_file()
+    print(write_products_report(out) if several else write_report(out))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _MOST_NAMED = 20
 
 
-def open_run(detector: Detector, out: Path, *, overlays: bool = False) -> RunWriter:
-    """A writer for the run folder `out`, with the model's card and thresholds.
+def open_run(detector: Detector, out: Path, *, product: str = "", overlays: bool = False) -> RunWriter:
+    """A writer for the run folder `out`, with the model's card and the product's thresholds.
 
     Raises:
         UsageError: `out` is a file, cannot be written, or holds a model.
@@ -32,7 +32,7 @@ def open_run(detector: Detector, out: Path, *, overlays: bool = False) -> RunWri
 
     if (out / MANIFEST).exists():
         raise UsageError(f"'{out}' holds a model.", "Name another folder for the rows with -o.")
-    calibration = detector.calibration
+    calibration = detector.calibration_of(product)
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
     return RunWriter(out, card=detector.describe(), thresholds=thresholds, overlays=overlays)
 

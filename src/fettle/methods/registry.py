@@ -12,8 +12,10 @@ from fettle.errors import ConfigError, UsageError, nearest_name
 from fettle.protocols import Method
 
 _HOME = {
+    "fpfnet": "fettle.methods.fpfnet:FPFNet",
     "padim": "fettle.methods.padim:Padim",
     "patchcore": "fettle.methods.patchcore:PatchCore",
+    "uniad": "fettle.methods.uniad:Uniad",
 }
 
 

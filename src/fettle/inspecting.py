@@ -1,0 +1,143 @@
+"""From pictures to inspections: decode ahead, run the network, bring maps back, decide."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fettle.calibration import Calibration, RegionRules, find_regions
+from fettle.images.framing import Frame
+from fettle.images.loading import Loaded, load_framed
+from fettle.images.picture import Picture
+from fettle.inspection import Inspection, Refusal, Region
+from fettle.protocols import Method
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Inspected(Generic[Item]):
+    """The answer for one item, with the decoded picture that it is about."""
+
+    item: Item
+    picture: Picture
+    inspection: Inspection
+
+
+@dataclass(frozen=True)
+class Inspector(Generic[Item]):
+    """How items become inspections.
+
+    Attributes:
+        methods: the fitted method, then the folds' models of a cross calibration.
+        frame: how pictures become network input.
+        path_of, product_of: each item's picture, and its product ("" where there is none).
+        calibration_of: the thresholds of a product.
+        batch_size: views that go through the network together.
+        rules: which regions are reported.
+    """
+
+    methods: Sequence[Method]
+    frame: Frame
+    device: str
+    path_of: Callable[[Item], Path]
+    product_of: Callable[[Item], str]
+    calibration_of: Callable[[str], Calibration]
+    batch_size: int
+    rules: RegionRules
+
+    def inspect(self, items: Iterable[Item]) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
+        """Answers in the order of `items`. Decoding runs ahead in threads while the network computes."""
+        waiting: list[Loaded[Item] | tuple[Item, Refusal]] = []
+        num_views = 0
+        for loaded in load_framed(items, self.path_of, self.frame):
+            waiting.append(loaded)
+            num_views += len(loaded.placed.views) if isinstance(loaded, Loaded) else 0
+            if num_views >= self.batch_size or len(waiting) >= 8 * self.batch_size:
+                yield from self._answers(waiting)
+                waiting, num_views = [], 0
+        yield from self._answers(waiting)
+
+    def _answers(
+        self, waiting: Sequence[Loaded[Item] | tuple[Item, Refusal]]
+    ) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
+        """Answer some decoded pictures; their views go through the network together."""
+        loaded = [item for item in waiting if isinstance(item, Loaded)]
+        if loaded:
+            views = np.concatenate([item.placed.views for item in loaded])
+            valid = np.concatenate([item.placed.valid for item in loaded])
+            start = time.perf_counter()
+            maps, scores = self._run(self.methods[0], views, valid)
+            fold_scores = [self._run(fold, views, valid)[1] for fold in self.methods[1:]]
+            compute = (time.perf_counter() - start) / len(views)
+        first = 0
+        for item in waiting:
+            if not isinstance(item, Loaded):
+                yield item
+                continue
+            own = slice(first, first + len(item.placed.views))
+            of_folds = [float(of_fold[own].max()) for of_fold in fold_scores]
+            yield self._answer(item, maps[own], scores[own], of_folds, compute)
+            first = own.stop
+
+    def _answer(
+        self,
+        loaded: Loaded[Item],
+        maps: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        fold_scores: Sequence[float],
+        seconds: float,
+    ) -> Inspected[Item] | tuple[Item, Refusal]:
+        """One picture's answer from its views' maps (n, H, W) and scores (n,)."""
+        start = time.perf_counter()
+        path, product = self.path_of(loaded.item), self.product_of(loaded.item)
+        own_map, valid = self.frame.restore(maps, loaded.placed, loaded.picture.size)
+        score = float(scores.max())
+        if not np.isfinite(score):
+            reason = f"'{path}' got no finite score from the model. Look at its pixels."
+            return loaded.item, Refusal(str(path), reason)
+        calibration = self.calibration_of(product)
+        threshold = calibration.pixel_threshold
+        regions: tuple[Region, ...] = ()
+        if threshold is not None:
+            regions = find_regions(own_map, valid, threshold, **asdict(self.rules))
+        inspection = Inspection(
+            path=str(path),
+            score=score,
+            verdict=calibration.cross_verdict(fold_scores) if fold_scores else calibration.verdict(score),
+            regions=regions,
+            anomaly_map=own_map,
+            valid=valid,
+            seconds={
+                "decode": loaded.seconds,
+                "compute": seconds * len(maps),
+                "regions": time.perf_counter() - start,
+            },
+            product=product,
+            sha256=loaded.picture.sha256,
+            notes=loaded.picture.notes + loaded.placed.notes,
+        )
+        return Inspected(loaded.item, loaded.picture, inspection)
+
+    @torch.inference_mode()
+    def _run(
+        self, method: Method, views: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Views (n, 3, H, W) -> maps (n, H, W) and scores (n,)."""
+        size = self.batch_size
+        answers = [
+            method(
+                torch.from_numpy(views[i : i + size]).to(self.device),
+                torch.from_numpy(valid[i : i + size]).to(self.device),
+            )
+            for i in range(0, len(views), size)
+        ]
+        maps = torch.cat([a.anomaly_map for a in answers]).cpu().numpy()
+        return maps, torch.cat([a.score for a in answers]).cpu().numpy()

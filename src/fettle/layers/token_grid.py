@@ -1,0 +1,53 @@
+"""Levels of a backbone onto one grid of tokens, and an error map from that grid to a picture score."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fettle.layers.pixel_map import pixel_map, valid_tokens
+
+Align: TypeAlias = Literal["corners", "mean"]
+"""How grids of different sizes lie on each other: "corners" is bilinear with the corner cells' centres
+aligned, "mean" averages whole cells going down and is bilinear with half-pixel centres going up."""
+
+
+def valid_on_grid(features: Tensor, valid: Tensor) -> Tensor:
+    """Which tokens of features (..., h, w) hold a valid pixel: (B, 1, H, W) bool -> (B, h, w) bool."""
+    return valid_tokens(valid, (features.shape[-2], features.shape[-1]))
+
+
+def aligned_to(level: Tensor, grid: tuple[int, int], align: Align) -> Tensor:
+    """A level (B, C, h, w) on the grid, (B, C, *grid); see `Align`."""
+    if level.shape[-2:] == grid:
+        return level
+    if align == "corners":
+        return F.interpolate(level, size=grid, mode="bilinear", align_corners=True)
+    if level.shape[-2] > grid[0]:
+        return F.adaptive_avg_pool2d(level, grid)
+    return F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+
+
+def enlarged(error: Tensor, valid: Tensor, align: Align) -> Tensor:
+    """(B, h, w) -> (B, H, W), bilinear, 0 where not valid; what is not valid does not spread."""
+    if align == "mean":
+        return pixel_map(error, valid, sigma=0)
+    tokens = valid_on_grid(error, valid).to(error.dtype)
+    both = torch.stack([error * tokens, tokens], dim=1)  # (B, 2, h, w)
+    both = F.interpolate(both, size=valid.shape[-2:], mode="bilinear", align_corners=True)
+    return both[:, 0] / both[:, 1].clamp_min(1e-6) * valid[:, 0]
+
+
+def pooled_maximum(anomaly_map: Tensor, valid: Tensor, side: tuple[int, int]) -> Tensor:
+    """The largest mean of a window, stride 1 and no border added: (B, H, W) -> (B,).
+
+    A mean is over the window's valid pixels, but never over less than half of it: a window that lies mostly
+    on what is not valid cannot win by a few pixels.
+    """
+    side = (min(side[0], anomaly_map.shape[-2]), min(side[1], anomaly_map.shape[-1]))
+    mean = F.avg_pool2d(anomaly_map[:, None], side, stride=1)
+    share = F.avg_pool2d(valid.to(anomaly_map.dtype), side, stride=1)
+    return (mean / share.clamp_min(0.5)).flatten(1).amax(dim=1)

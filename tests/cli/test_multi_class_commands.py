@@ -1,0 +1,45 @@
+"""The commands on a model of many products."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import fettle
+
+from conftest import write_product
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for number, name in enumerate(("bolt", "nut", "plate")):
+        write_product(tmp_path / "products" / name, number)
+    return tmp_path / "products"
+
+
+def test_commands_of_a_model_of_many_products(root: Path, tmp_path: Path) -> None:
+    tiny = ("--backbone", "tiny", "--weights", "random", "--size", "64", "--set", "bank_rows=200")
+    fitted = fettle(
+        "fit", root, "--multi-class", "--products", "bolt,nut", "-o", tmp_path / "m", *tiny, "--json"
+    )
+    assert fitted.code == 0 and set(fitted.json["products"]) == {"bolt", "nut"}
+    assert fitted.json["num_fit"] == 48
+
+    out = tmp_path / "run"
+    found = fettle("evaluate", tmp_path / "m", root, "-o", out, "--json")
+    assert found.code == 0 and set(found.json) >= {"per_product", "mean", "pooled"}
+    assert set(found.json["per_product"]) == {"bolt", "nut"}
+    assert json.loads((out / "products.json").read_text())["metrics"] == found.json
+    assert len((out / "nut" / "inspections.jsonl").read_text().splitlines()) == 8
+
+    page = fettle("report", out)
+    assert page.out.strip() == str(out / "report.html")
+    text = (out / "report.html").read_text()
+    assert "nut/report.html" in text and (out / "bolt" / "report.html").is_file()
+
+    table = fettle("evaluate", tmp_path / "m", root)
+    assert [line.split()[0] for line in table.out.splitlines()[1:5]] == ["bolt", "nut", "mean", "pooled"]
+
+    rows = fettle("inspect", tmp_path / "m", root / "nut" / "test", "-o", tmp_path / "i", "--product", "nut")
+    assert rows.code == 0

@@ -1,0 +1,139 @@
+"""One model for many products: thresholds and metrics of each, one shared, no label in the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import textured, write_product
+from fettle.datasets.products import open_products
+from fettle.detector import Detector
+from fettle.errors import UsageError
+from fettle.inspection import Inspection
+
+TINY = {"backbone": "tiny", "weights": "random", "size": 64, "settings": {"bank_rows": 200}}
+PRODUCTS = ("bolt", "nut", "plate")
+KEYS = {"image_auroc", "pixel_auroc", "pixel_ap", "aupro", "frr_promised", "frr_measured", "escape_rate"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("products")
+    for number, name in enumerate(PRODUCTS):
+        write_product(folder / name, number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(root: Path) -> Detector:
+    return Detector.fit(root, multi_class=True, **TINY)
+
+
+def test_each_product_has_its_own_thresholds_and_all_share_one(detector: Detector) -> None:
+    assert set(detector.product_calibrations) == set(PRODUCTS)
+    assert all(own.num_scores == 24 for own in detector.product_calibrations.values())
+    assert detector.calibration.num_scores == 72
+    reviews = {own.t_review for own in detector.product_calibrations.values()}
+    assert len(reviews) == 3
+
+
+def test_the_product_chooses_the_threshold_and_nothing_else(detector: Detector, root: Path) -> None:
+    paths = sorted((root / "nut" / "test").rglob("*.png"))
+    own = list(detector.inspect(paths, product="nut"))
+    shared = list(detector.inspect(paths))
+    for one, other in zip(own, shared, strict=True):
+        assert isinstance(one, Inspection) and isinstance(other, Inspection)
+        assert one.score == other.score
+        np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+        assert one.verdict is detector.product_calibrations["nut"].verdict(one.score)
+        assert other.verdict is detector.calibration.verdict(one.score)
+
+
+def test_an_unknown_product_is_refused_with_the_nearest(detector: Detector, root: Path) -> None:
+    with pytest.raises(UsageError, match=r"no product 'nutt'.*'nut'"):
+        list(detector.inspect(sorted((root / "nut" / "test" / "good").iterdir()), product="nutt"))
+
+
+def test_evaluate_gives_each_product_the_mean_and_all_pooled(detector: Detector, root: Path) -> None:
+    result = detector.evaluate(root)
+    per_product = result["per_product"]
+    assert set(per_product) == set(PRODUCTS)
+    for key in ("image_auroc", "pixel_ap", "escape_rate"):
+        mean = np.mean([per_product[name][key] for name in PRODUCTS])
+        assert result["mean"][key] == pytest.approx(mean)
+    assert result["pooled"]["num_good"] == 12 and result["mean"]["num_defective"] == 12
+    assert set(result["pooled"]["per_defect"]) == {f"{name}/scratch" for name in PRODUCTS}
+    assert all(set(values) >= KEYS for values in (*per_product.values(), result["mean"], result["pooled"]))
+    assert all(0.9 <= per_product[name]["image_auroc"] <= 1 for name in PRODUCTS)
+
+
+def test_one_product_gives_the_flat_keys_of_that_product(detector: Detector, root: Path) -> None:
+    alone, among = detector.evaluate(root, product="bolt"), detector.evaluate(root)["per_product"]["bolt"]
+    for key in KEYS:
+        assert alone[key] == among[key]
+
+
+def test_one_products_own_folder_will_do(detector: Detector, root: Path) -> None:
+    alone, among = detector.evaluate(root / "bolt", product="bolt"), detector.evaluate(root, product="bolt")
+    for key in KEYS:
+        assert alone[key] == among[key]
+
+
+def test_several_products_under_one_threshold_are_named(root: Path) -> None:
+    dataset = open_products(root)
+    assert any("--multi-class" in warning for warning in Detector.fit(dataset, **TINY).warnings())
+
+
+def test_saved_models_keep_their_products(detector: Detector, root: Path, tmp_path: Path) -> None:
+    detector.save(tmp_path / "model")
+    loaded = Detector.load(tmp_path / "model")
+    assert loaded.product_calibrations == detector.product_calibrations
+    for one, other in zip(
+        [detector.evaluate(root)["pooled"], detector.evaluate(root)["mean"]],
+        [loaded.evaluate(root)["pooled"], loaded.evaluate(root)["mean"]],
+        strict=True,
+    ):
+        assert {k: v for k, v in one.items() if k != "seconds_per_image"} == {
+            k: v for k, v in other.items() if k != "seconds_per_image"
+        }
+
+
+def test_labels_of_products_do_not_reach_the_network(root: Path, tmp_path: Path) -> None:
+    """The same pictures under other names of products: the same map and score."""
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for name, other in zip(PRODUCTS, ("x", "z", "y"), strict=True):
+        (renamed / other).symlink_to(root / name)
+    first, second = (Detector.fit(r, multi_class=True, **TINY) for r in (root, renamed))
+    assert first.calibration.scores == second.calibration.scores
+
+
+def test_fresh_pictures_set_every_product_anew(detector: Detector, root: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(PRODUCTS[:2]):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(22):
+            pixels = textured(5000 + 100 * number + i) // 2 + 40 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    fresh = detector.recalibrated(tmp_path)
+    assert fresh.product_calibrations["bolt"].num_scores == 22
+    assert fresh.product_calibrations["plate"] == detector.product_calibrations["plate"]
+    assert fresh.calibration.num_scores == 44
+    assert any("plate" in warning for warning in fresh.warnings())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "padim", "settings": {}, "multi_class": True}, "cannot hold many products"),
+        ({"products": ("nut",)}, "--multi-class"),
+        ({"calibration": "cross", "multi_class": True}, "kfold"),
+        ({"multi_class": True, "products": ("nit",)}, "'nut'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(root: Path, settings: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Detector.fit(root, **{**TINY, **settings})
