@@ -22,7 +22,7 @@ from fettle.cli.options import (
     parse_settings,
 )
 from fettle.cli.runs import say_refused
-from fettle.protocols import Json
+from fettle.protocols import Json, no_progress, no_words
 
 if TYPE_CHECKING:
     from fettle.detector import Detector
@@ -111,8 +111,8 @@ def fit(
             cache_mib=cache_mib,
             training_dir=training_dir,
             log_dir=log_dir,
-            progress=screen.progress,
-            say=screen.say,
+            progress=screen.progress if is_main_process() else no_progress,
+            say=screen.say if is_main_process() else no_words,
         )
         if not is_main_process():  # the first of several processes writes and speaks
             return

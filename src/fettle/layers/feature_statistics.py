@@ -55,13 +55,6 @@ class FeatureStatistics:
         levels = torch.split(self.squares / max(self.num_tokens, 1), list(sizes))
         return torch.cat([level.mean().clamp_min(1e-24).rsqrt().expand(len(level)) for level in levels])
 
-    def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / standard deviation of each channel over all tokens, (C,) each."""
-        count = max(self.num_tokens, 1)
-        mean = self.sums.sum(dim=(1, 2)) / count
-        variance = self.squares / count - mean.square()
-        return mean, variance.clamp_min(1e-12).rsqrt()
-
     def spread(self, scale: Tensor) -> float:
         """Mean squared distance of features times `scale` (C,) from the mean of their channel and position.
 

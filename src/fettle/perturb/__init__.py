@@ -1,1 +1,1 @@
-"""Seeded disturbances of features, used in training only. See `perturb.base` for their one interface."""
+"""Seeded disturbances of features, used in training only. `perturbation` says what they have in common."""

@@ -1,4 +1,4 @@
-"""Gaussian feature jitter (UniAD, arXiv 2206.03687): noise relative to each token's own size."""
+"""Feature jitter of UniAD (You et al., NeurIPS 2022, arXiv 2206.03687, section 3.3)."""
 
 from __future__ import annotations
 
@@ -9,40 +9,34 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fettle.perturb.base import PerturbationConfig, amplitude, only_inside
+from fettle.perturb.perturbation import MemberConfig, amplitude
 
-UNIAD_RELATIVE_SIGMA = 20 / math.sqrt(272)
-"""The paper's alpha = 20 at its 272 channels: 1.2127 times a token's root mean square."""
+RELATIVE_SIGMA = 20 / math.sqrt(272)  # the paper's alpha of 20, at the paper's 272 channels
 
 
-class Gaussian(PerturbationConfig):
-    """f + alpha (||f|| / C) n, n ~ N(0, I), with alpha = relative_sigma sqrt(C) (fpfnet.md section 7.1).
+class Gaussian(MemberConfig):
+    """f + sigma n with n ~ N(0, I): one sigma a token, in proportion to that token's own size.
+
+    The paper writes sigma = alpha ||f|| / C. With ||f|| = sqrt(C) RMS(f) this is alpha / sqrt(C) times the
+    token's RMS over channels, so one alpha is another strength at another C. The field is that ratio. The
+    paper's yes or no of each batch is the pool's `prob`.
 
     Attributes:
-        relative_sigma: standard deviation of the noise over the token's root mean square.
-        prob: probability of any noise, drawn once a call; 1 draws nothing for it.
+        relative_sigma: sigma / RMS of the token; alpha / sqrt(C).
     """
 
     kind: Literal["gaussian"] = "gaussian"
-    relative_sigma: float = Field(default=UNIAD_RELATIVE_SIGMA, ge=0, le=100)
-    prob: float = Field(default=1.0, ge=0, le=1)
+    relative_sigma: float = Field(default=RELATIVE_SIGMA, gt=0, le=100)
 
-    def __call__(
+    def disturb(
         self,
         tokens: Tensor,
         grid: tuple[int, int],
         generator: torch.Generator,
-        *,
-        strength: float = 1.0,
-        guide: Tensor | None = None,
-        valid: Tensor | None = None,
+        strength: float,
+        guide: Tensor | None,
+        valid: Tensor,
     ) -> Tensor:
-        """See `Perturbation`."""
-        if strength == 0 or self.relative_sigma == 0:
-            return tokens
-        if self.prob < 1 and float(torch.rand((), generator=generator)) >= self.prob:
-            return tokens
-        root_mean_square = tokens.square().mean(dim=2, keepdim=True).sqrt()  # (B, N, 1)
-        sigma = strength * self.relative_sigma * root_mean_square * amplitude(guide, valid)
         noise = torch.randn(tokens.shape, generator=generator).to(tokens)
-        return only_inside(tokens + sigma * noise, tokens, valid)
+        rms: Tensor = torch.linalg.vector_norm(tokens, dim=2, keepdim=True) / math.sqrt(tokens.shape[2])
+        return tokens + amplitude(strength, guide) * self.relative_sigma * rms * noise  # rms (B, N, 1)

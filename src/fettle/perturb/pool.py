@@ -1,7 +1,8 @@
-"""The perturbation pool of FPFNet (arXiv 2604.19259): one of several perturbations at a time, or several.
+"""The perturbation pool of FPFNet (Xu, Zang, Wu, arXiv 2604.19259): several perturbations, drawn at random.
 
-Of the paper only the abstract was at hand; weights, granularity and composition are ours (fpfnet.md
-section 8). A pool is a field of a method's configuration, so that every trained method can have one.
+The paper's abstract names the members: Gaussian noise, F-Noise, F-Drop. How they are drawn and combined is a
+reading of it. A pool has no parameters and runs in training only; it acts on the clean features before a
+method's first projection, and the method's target stays clean.
 """
 
 from __future__ import annotations
@@ -9,76 +10,103 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self, TypeAlias
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, model_validator
 from torch import Tensor
 
-from fettle.perturb.base import Perturbation, PerturbationConfig
+from fettle.errors import nearest_name
 from fettle.perturb.feature_drop import FeatureDrop
 from fettle.perturb.feature_noise import FeatureNoise
 from fettle.perturb.gaussian import Gaussian
+from fettle.perturb.perturbation import MemberConfig, check_call
 from fettle.perturb.schedules import Constant, Schedule
 from fettle.perturb.token_mask import TokenMask
 
+
+class Nothing(MemberConfig):
+    """Gives the tokens back: a member that gives "no perturbation" its weight."""
+
+    kind: Literal["nothing"] = "nothing"
+
+    def disturb(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        generator: torch.Generator,
+        strength: float,
+        guide: Tensor | None,
+        valid: Tensor,
+    ) -> Tensor:
+        return tokens
+
+
 AnyPerturbation: TypeAlias = Annotated[
-    Gaussian | FeatureNoise | FeatureDrop | TokenMask, Field(discriminator="kind")
+    Gaussian | FeatureNoise | FeatureDrop | TokenMask | Nothing, Field(discriminator="kind")
 ]
 
 
-class Member(PerturbationConfig):
-    """One perturbation of a pool.
+class Member(BaseModel):
+    """A perturbation of a pool.
 
     Attributes:
-        perturbation: what it does.
-        weight: how often it is chosen beside the others ("one", "base_plus_one"); 0 is never.
-        prob: its own probability in a "chain".
+        perturbation: its own config.
+        weight: how often it is chosen, relative to the other weights; in a chain its probability. 0 is never.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     perturbation: AnyPerturbation
     weight: float = Field(default=1.0, ge=0, le=1e6)
-    prob: float = Field(default=1.0, ge=0, le=1)
 
 
-class PoolConfig(PerturbationConfig):
-    """A pool; itself a perturbation. A name of `NAMED_POOLS` stands for its fields.
+class PoolConfig(BaseModel):
+    """A pool: its config, and a `Perturbation` when called.
+
+    Compositions:
+    - one: one member, by weight.
+    - chain: each member in this order, each with its weight as its probability.
+    - base_plus_one: the first member always, then one of the rest by weight (`Nothing` may be among them).
+
+    Draws, in this order: (1) apply or not, (2) the choice, (3) what the members that run draw, in order.
+    A probability of 0 or 1 draws nothing, nor does a choice where only one member has a weight. So a pool of
+    the jitter alone is the jitter, bit for bit. Where nothing runs, the same tensor object comes back.
+
+    A name of `NAMED_POOLS` is taken in place of the fields.
 
     Attributes:
         members: empty is the identity.
-        composition: "one" member, chosen by weight; a "chain" of all, each with its own probability;
-            "base_plus_one": the first always, then one of the others or nothing, by weight.
-        nothing: weight of nothing in "base_plus_one".
-        granularity: one draw a "batch", or an own draw for every picture ("sample").
-        prob: probability of doing anything, at the same granularity; 1 draws nothing for it.
-        schedule: the strength over the training.
-
-    Draws come in this order: anything or not, the choice, the member's own. Where there is but one member
-    with a weight, no number is drawn for the choice: a pool of the jitter alone is the jitter, bit for bit.
+        composition: see above.
+        granularity: one draw of (1) and (2) for the "batch", or one for each "sample", which is a picture.
+        prob: probability that the pool runs at all.
+        schedule: strength by progress. The caller hands over `strength=pool.schedule(step.share)`.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     members: tuple[Member, ...] = ()
     composition: Literal["one", "chain", "base_plus_one"] = "one"
-    nothing: float = Field(default=1.0, ge=0, le=1e6)
     granularity: Literal["batch", "sample"] = "batch"
     prob: float = Field(default=1.0, ge=0, le=1)
     schedule: Schedule = Constant()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _by_name(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if value not in NAMED_POOLS:
-            raise ValueError(f"there is no pool of this name; there are {', '.join(NAMED_POOLS)}")
-        return NAMED_POOLS[value].model_dump()
+    def _by_name(cls, value: object, handler: ValidatorFunctionWrapHandler) -> Self:
+        if isinstance(value, str):
+            if value not in NAMED_POOLS:
+                raise ValueError(f"there is no pool '{value}'. {nearest_name(value, NAMED_POOLS)}")
+            value = NAMED_POOLS[value]
+        made: Self = handler(value)
+        return made
 
     @model_validator(mode="after")
-    def _has_a_base(self) -> Self:
-        if self.composition == "base_plus_one" and not self.members:
-            raise ValueError("base_plus_one needs a first member")
+    def _probabilities_of_a_chain(self) -> Self:
+        for number, member in enumerate(self.members):
+            if self.composition == "chain" and member.weight > 1:
+                raise ValueError(
+                    f"in a chain a member's weight is its probability: {member.weight:g} of member {number} "
+                    "is above 1"
+                )
         return self
-
-    def strength_at(self, progress: float) -> float:
-        """The strength at a share of the training, 0 to 1."""
-        return self.schedule(progress)
 
     def __call__(
         self,
@@ -90,71 +118,84 @@ class PoolConfig(PerturbationConfig):
         guide: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """See `Perturbation`."""
-        if strength == 0 or not self.members:
+        """See `perturbation.Perturbation`. The members get the guide and the strength as they are."""
+        check_call(tokens, grid, strength, guide, valid)
+        if strength == 0:
             return tokens
-        if self.granularity == "batch":
-            return self._apply(tokens, grid, generator, strength, guide, valid)
-        pictures = [
-            self._apply(
-                tokens[i : i + 1],
-                grid,
-                generator,
-                strength,
-                None if guide is None else guide[i : i + 1],
-                None if valid is None else valid[i : i + 1],
-            )
-            for i in range(len(tokens))
-        ]
-        return torch.cat(pictures)
-
-    def _apply(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, int],
-        generator: torch.Generator,
-        strength: float,
-        guide: Tensor | None,
-        valid: Tensor | None,
-    ) -> Tensor:
-        if not _happens(self.prob, generator):
-            return tokens
-        for perturbation in self._chosen(generator):
-            tokens = perturbation(tokens, grid, generator, strength=strength, guide=guide, valid=valid)
+        num_draws = len(tokens) if self.granularity == "sample" else 1
+        for perturbation, runs in self._plan(num_draws, generator):
+            tokens = _on_some(perturbation, runs, tokens, grid, generator, strength, guide, valid)
         return tokens
 
-    def _chosen(self, generator: torch.Generator) -> list[Perturbation]:
-        """The members of this draw, in their order."""
+    def _plan(self, num: int, generator: torch.Generator) -> list[tuple[MemberConfig, Tensor]]:
+        """Which members run, in order, and in which of the `num` draws: (num,) bool each."""
+        weights = [member.weight for member in self.members]
+        if not any(weights):
+            return []
+        applies = _happens(self.prob, num, generator)
         if self.composition == "chain":
-            return [m.perturbation for m in self.members if _happens(m.prob, generator)]
-        if self.composition == "one":
-            number = _choice([m.weight for m in self.members], generator)
-            return [] if number is None else [self.members[number].perturbation]
-        base, *others = self.members
-        number = _choice([*(m.weight for m in others), self.nothing], generator)
-        plus = [] if number is None or number == len(others) else [others[number].perturbation]
-        return [base.perturbation, *plus]
+            runs = [_happens(weight, num, generator) for weight in weights]
+        elif self.composition == "one":
+            runs = _choice(weights, num, generator)
+        else:
+            runs = [torch.full((num,), weights[0] > 0), *_choice(weights[1:], num, generator)]
+        return [(member.perturbation, applies & run) for member, run in zip(self.members, runs, strict=True)]
 
 
-def _happens(prob: float, generator: torch.Generator) -> bool:
-    return prob == 1 or float(torch.rand((), generator=generator)) < prob
+def _happens(probability: float, num: int, generator: torch.Generator) -> Tensor:
+    """(num,) bool; certain and impossible things draw nothing."""
+    if probability in (0, 1):
+        return torch.full((num,), probability == 1)
+    return torch.rand(num, generator=generator, dtype=torch.float64) < probability
 
 
-def _choice(weights: list[float], generator: torch.Generator) -> int | None:
-    """An index by weight; None where all are 0. A single positive weight draws nothing."""
-    positive = [i for i, weight in enumerate(weights) if weight > 0]
-    if len(positive) < 2:
-        return positive[0] if positive else None
-    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=generator))
+def _choice(weights: list[float], num: int, generator: torch.Generator) -> list[Tensor]:
+    """For each weight whether it is the chosen one, (num,) bool; a choice of one draws nothing."""
+    possible = [place for place, weight in enumerate(weights) if weight > 0]
+    if len(possible) > 1:
+        chances = torch.tensor(weights, dtype=torch.float64)
+        chosen = torch.multinomial(chances, num, replacement=True, generator=generator)
+    else:
+        chosen = torch.full((num,), possible[0] if possible else -1)
+    return [chosen == place for place in range(len(weights))]
+
+
+def _on_some(
+    perturbation: MemberConfig,
+    runs: Tensor,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    generator: torch.Generator,
+    strength: float,
+    guide: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """Disturb the pictures for which `runs` says so: (B,) bool, or (1,) for all alike."""
+    if not bool(runs.any()) or isinstance(perturbation, Nothing):
+        return tokens
+    if bool(runs.all()):
+        return perturbation(tokens, grid, generator, strength=strength, guide=guide, valid=valid)
+    rows = runs.nonzero()[:, 0].to(tokens.device)
+    disturbed = perturbation(
+        tokens[rows],
+        grid,
+        generator,
+        strength=strength,
+        guide=None if guide is None else guide[rows],
+        valid=None if valid is None else valid[rows],
+    )
+    return tokens.index_copy(0, rows, disturbed)
 
 
 _JITTER = Member(perturbation=Gaussian())
-_CCT = (Member(perturbation=FeatureNoise()), Member(perturbation=FeatureDrop()))
+_OTHERS = (Member(perturbation=FeatureNoise()), Member(perturbation=FeatureDrop()))
 
 NAMED_POOLS: dict[str, PoolConfig] = {
     "none": PoolConfig(),
     "gaussian": PoolConfig(members=(_JITTER,)),
-    "fpfnet": PoolConfig(members=(_JITTER, *_CCT)),
-    "base_plus_one": PoolConfig(members=(_JITTER, *_CCT), composition="base_plus_one"),
+    "fpfnet": PoolConfig(members=(_JITTER, *_OTHERS)),
+    "base_plus_one": PoolConfig(
+        members=(_JITTER, *_OTHERS, Member(perturbation=Nothing())), composition="base_plus_one"
+    ),
 }
-"""No perturbation; UniAD's jitter; FPFNet's three, one at a time; the jitter always, and perhaps another."""
+"""UniAD's jitter; FPFNet's pool, a third each; the jitter always, and then F-Noise, F-Drop or nothing."""

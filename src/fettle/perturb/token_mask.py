@@ -1,88 +1,118 @@
-"""Token masking: random tokens, or a random block of them, are hidden."""
+"""Token masking: some tokens of each picture are hidden, whatever they hold."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator
+import torch.nn.functional as F
 from torch import Tensor
 
-from fettle.perturb.base import (
+from fettle.perturb.perturbation import (
     Fill,
-    PerturbationConfig,
-    all_inside,
-    filled,
-    guided_probabilities,
-    uniform,
+    Interval,
+    MemberConfig,
+    drawn_between,
+    largest,
+    share_of,
+    without,
 )
 
-
-def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= bounds[0] <= bounds[1] <= 1:
-        raise ValueError("give two numbers, 0 <= low <= high <= 1")
-    return bounds
+_LONGEST = 3.0  # a block's longer side over its shorter
 
 
-Share: TypeAlias = Annotated[tuple[float, float], AfterValidator(_in_order)]
-"""A range within 0..1 to draw from, uniformly."""
+class TokenMask(MemberConfig):
+    """Hides about a share of each picture's valid tokens; the share is drawn a picture.
 
+    - bernoulli: each token by itself with that probability. With a guide w the probabilities are
+      min(1, c w_j), where c leaves the expected number as it is.
+    - exact: exactly round(share * N) tokens. With a guide they are drawn one after another, each time with
+      probabilities in proportion to it.
+    - block: one rectangle of about that share of the grid, its height over its width between 1/3 and 3. Where
+      it lies is drawn in proportion to the number (with a guide: the weights) of valid tokens that it covers.
 
-class TokenMask(PerturbationConfig):
-    """Hide tokens whatever they hold (fpfnet.md section 7.4).
+    Strength multiplies the share.
 
     Attributes:
-        rule: "bernoulli" draws each token by itself, "exact" takes exactly the share, "block" one rectangle
-            of about the share's area, of an aspect from 1:2 to 2:1; a guide does not move a block.
-        share: range of the hidden share, drawn for each picture.
-        fill: hidden tokens become zero, or the picture's mean token.
+        choice: see above.
+        share: of the tokens.
+        fill: what a hidden token becomes: "zero" or the picture's "mean" token.
     """
 
     kind: Literal["token_mask"] = "token_mask"
-    rule: Literal["bernoulli", "exact", "block"] = "bernoulli"
-    share: Share = (0.1, 0.4)
+    choice: Literal["bernoulli", "exact", "block"] = "exact"
+    share: Interval = (0.1, 0.4)
     fill: Fill = "zero"
 
-    def __call__(
+    def disturb(
         self,
         tokens: Tensor,
         grid: tuple[int, int],
         generator: torch.Generator,
-        *,
-        strength: float = 1.0,
-        guide: Tensor | None = None,
-        valid: Tensor | None = None,
+        strength: float,
+        guide: Tensor | None,
+        valid: Tensor,
     ) -> Tensor:
-        """See `Perturbation`."""
-        if strength == 0:
-            return tokens
-        inside = all_inside(tokens, valid)
-        share = strength * uniform((len(tokens),), *self.share, generator, tokens)
-        if self.rule == "block":
-            dropped = inside & _blocks(share.tolist(), grid, generator).to(inside.device)
+        share = strength * drawn_between(self.share, len(tokens), generator)  # (B,), on the CPU
+        inside = valid.cpu()
+        weights = inside.double() if guide is None else inside * guide.detach().cpu().double()  # (B, N)
+        if self.choice == "block":
+            hidden = blocks(share, weights, grid, generator)
         else:
-            probabilities = guided_probabilities(share, guide, inside)
-            chance = uniform(tuple(inside.shape), 0, 1, generator, tokens)
-            if self.rule == "bernoulli":
-                dropped = chance < probabilities
-            else:  # the largest of chance^(1 / p): a draw without replacement, by weight
-                keys = chance.log() / probabilities.clamp_min(torch.finfo(chance.dtype).tiny)
-                rank = keys.masked_fill(~inside, float("-inf")).argsort(dim=1, descending=True, stable=True)
-                dropped = inside & (rank.argsort(1) < (share * inside.sum(1)).round()[:, None])
-        return filled(tokens, dropped, self.fill, valid)
+            u = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
+            if self.choice == "bernoulli":
+                hidden = u < probabilities(share * inside.sum(dim=1), weights)
+            else:
+                # A race of exponential clocks, times negated: the first is drawn in proportion to the rates.
+                hidden = largest(torch.log1p(-u) / weights, weights > 0, share_of(share, inside))
+        return without(tokens, hidden.to(tokens.device), valid, self.fill)
 
 
-def _blocks(shares: list[float], grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """One rectangle a picture, (B, N) bool."""
-    rows, columns = grid
-    mask = torch.zeros(len(shares), rows, columns, dtype=torch.bool)
-    for number, share in enumerate(shares):
-        aspect, top, left = torch.rand(3, generator=generator).tolist()
-        stretch = math.sqrt(2 ** (2 * aspect - 1))
-        height = min(max(round(math.sqrt(share) * rows * stretch), 1), rows)
-        width = min(max(round(share * rows * columns / height), 1), columns)
-        first_row = int(top * (rows - height + 1))
-        first_column = int(left * (columns - width + 1))
-        mask[number, first_row : first_row + height, first_column : first_column + width] = True
-    return mask.flatten(1)
+def probabilities(expected: Tensor, weights: Tensor) -> Tensor:
+    """min(1, c w_j), with c such that they sum to what is expected, or all 1 where that is too much.
+
+    Args:
+        expected: (B,), number of tokens. weights: (B, N), 0 or more.
+
+    Returns:
+        (B, N); 0 where the weight is 0.
+    """
+    ordered = weights.sort(dim=1, descending=True).values
+    certain = torch.arange(ordered.shape[1], device=weights.device)  # if the k largest have probability 1 ...
+    rest = ordered.flip(1).cumsum(dim=1).flip(1)
+    factors = (expected[:, None] - certain) / rest  # ... the others share what is left over
+    fits = (factors * ordered <= 1) & (ordered > 0)
+    first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
+    factor = factors.gather(1, first)
+    everyone = (weights > 0).to(weights)
+    return torch.where(fits.any(dim=1, keepdim=True), (factor * weights).clamp_max(1), everyone)
+
+
+def blocks(share: Tensor, weights: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(B, N) bool: one rectangle a picture of about its share (B,) of the grid.
+
+    `weights` (B, N) say where it may lie: a place's probability is in proportion to the sum that it covers.
+    Tokens of weight 0 are left out of it.
+    """
+    ratios = _LONGEST ** (2 * torch.rand(len(share), generator=generator, dtype=torch.float64) - 1)
+    places = torch.rand(len(share), generator=generator, dtype=torch.float64)
+    hidden = torch.zeros(len(share), *grid, dtype=torch.bool)
+    for picture, covered in enumerate(weights.reshape(-1, *grid)):
+        area = float(share[picture]) * grid[0] * grid[1]
+        if area < 0.5 or not bool(covered.any()):
+            continue
+        high, wide = _sides(area, float(ratios[picture]), grid)
+        sums = F.avg_pool2d(covered[None, None], (high, wide), stride=1)[0, 0]  # one for each top left corner
+        bounds = sums.flatten().cumsum(0)
+        corner = int(torch.searchsorted(bounds, places[picture] * bounds[-1], right=True))
+        top, left = divmod(min(corner, len(bounds) - 1), sums.shape[1])
+        hidden[picture, top : top + high, left : left + wide] = True
+    return hidden.flatten(1) & (weights > 0)
+
+
+def _sides(area: float, ratio: float, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width, tokens, of about that area and height / width, as far as the grid lets them."""
+    high = min(max(round(math.sqrt(area * ratio)), 1), grid[0])
+    wide = min(max(round(area / high), 1), grid[1])
+    return min(max(round(area / wide), 1), grid[0]), wide
