@@ -33,7 +33,7 @@ REAL = {
     "battery_weld": "battery_weld",
     "fabric": "fabric",
 }
-STEPS = 2000
+STEPS = 1000
 ARMS: dict[str, tuple[str, dict[str, Json]]] = {
     "uniad": ("uniad", {}),
     "no_perturbation": ("uniad", {"pool": "none"}),
@@ -42,6 +42,7 @@ ARMS: dict[str, tuple[str, dict[str, Json]]] = {
     "pool_base_plus_one": ("fpfnet", {"fusion": "none", "pool": "base_plus_one"}),
     "fusion": ("fpfnet", {"pool": "gaussian"}),
 }
+LONG = 4000  # steps of the same two methods, to see what more of them gives
 ALL_SEEDS = ("uniad", "fpfnet", "no_perturbation")  # on the real pictures; the other arms have one
 
 
@@ -58,6 +59,10 @@ def cells() -> Iterator[Cell]:
                 chosen: dict[str, Json] = {**settings, "steps": STEPS, "early_stop": 0}
                 fit: dict[str, Json] = {**common, "method": method, "settings": chosen, "seed": seed}
                 yield Cell(f"{data}-{arm}-{seed}", data, fit)
+
+    for arm in ("uniad", "fpfnet"):
+        chosen = {"steps": LONG, "early_stop": 0}
+        yield Cell(f"real-{arm}_long-0", "real", {**common, "method": arm, "settings": chosen, "seed": 0})
 
 
 def open_data(name: str) -> Dataset:
@@ -83,7 +88,7 @@ def table() -> None:
         head = ("arm", "seeds", "normalised loss", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO")
         columns = [*head, *products, "pooled image AUROC", "fit, min"]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for arm in [*ARMS, "patchcore"]:
+        for arm in [*ARMS, "uniad_long", "fpfnet_long", "patchcore"]:
             runs = [record for name, record in own.items() if name.rpartition("-")[0] == f"{data}-{arm}"]
             if runs:
                 print(f"| {' | '.join(_row(arm, runs, products))} |")

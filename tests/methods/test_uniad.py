@@ -665,9 +665,9 @@ def test_learning_rate_of_the_presets(name: str) -> None:
     assert (paper.epochs, paper.batch, paper.clip, paper.weight_decay) == (1000, 8, 0.1, 1e-4)
     rates = [learning_rate(paper, Step(number, 1000)) for number in (0, 799, 800, 999)]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
-    assert (compact.steps, compact.epochs) == (2000, None)
-    rates = [learning_rate(compact, Step(number, 2000)) for number in (0, 49, 99, 1599, 1600)]
-    assert rates == pytest.approx([5e-6, 2.5e-4, 5e-4, 5e-4, 5e-5])
+    assert (compact.steps, compact.epochs) == (4000, None)
+    rates = [learning_rate(compact, Step(number, 4000)) for number in (0, 99, 199, 3199, 3200)]
+    assert rates == pytest.approx([5e-6, 5e-4, 1e-3, 1e-3, 1e-4])
 
 
 # --- map and score

@@ -70,7 +70,13 @@ class UniadConfig(TrainingConfig):
         fusion: which layers are summed, see `Reconstruction`. "none" is UniAD.
         score_pool: side of the windows that the map is averaged over before its maximum is the score,
             framed px; None is one token.
+        steps, batch, lr: compact values, from a sweep on the error of rebuilding held-out good pictures
+            (docs/results.md).
     """
+
+    steps: int = Field(default=4000, ge=1, le=100_000_000)
+    batch: int = Field(default=4, ge=1, le=4096)
+    lr: float = Field(default=1e-3, gt=0, le=10)
 
     levels: tuple[str, ...] | None = None
     align: Align = "mean"
@@ -278,6 +284,7 @@ class Uniad(nn.Module):
                 decoder_layers=4,
                 dropout=0.1,
                 epochs=1000,
+                batch=8,
                 lr=1e-4,
                 warmup=0,
             ),
