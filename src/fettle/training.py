@@ -216,12 +216,12 @@ class _Loop:
         loss, normalised, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         state.log(step.number, Figures(loss, normalised))
         state.step += 1
-        self._tell(step, Figures(loss, normalised), norm)
         if self.config.early_stop and (state.step % self._look_every == 0 or state.step == self.total):
             self._look_at_held_out()
         self._whole = True
         if time.monotonic() - self._kept >= KEEP_EVERY_SECONDS:
             self._keep()
+        self._tell(step, Figures(loss, normalised), norm)  # last: a listener may end the training
 
     def _losses(self, batch: Batch, step: Step) -> Iterator[tuple[Loss | None, float]]:
         """Each loss, and the share of processes that have one: some may give fewer than others."""

@@ -1,0 +1,91 @@
+"""Trained methods through the whole fit: three-way split, many products, stop and go on, caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import write_good, write_product
+from fettle.detector import Detector
+from fettle.errors import DataError
+
+HEAD: dict[str, object] = {
+    **{"window": 3, "width": 32, "heads": 2, "ffn": 64},
+    **{"steps": 40, "warmup": 0.0, "lr": 2e-3},
+}
+TINY: dict[str, object] = {"backbone": "tiny", "weights": "random", "size": 64}
+
+
+def fit(
+    good: Path, method: str = "fpfnet", head: dict[str, object] | None = None, **more: object
+) -> Detector:
+    return Detector.fit(good, method=method, settings={**HEAD, **(head or {})}, **{**TINY, **more})
+
+
+def state(detector: Detector) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in detector.method.state_dict().items() if not k.startswith("backbone.")}
+
+
+def assert_same(one: Detector, other: Detector) -> None:
+    for name, tensor in state(one).items():
+        assert torch.equal(tensor, state(other)[name]), name
+    assert one.calibration == other.calibration
+
+
+def test_no_picture_serves_two_purposes(tmp_path: Path) -> None:
+    """100 pictures: 20 calibrate, a tenth of the rest watch for the early stop, the others are learnt from."""
+    detector = fit(write_good(tmp_path / "good", 100), head={"early_stop": 1.0, "steps": 10})
+    assert detector.calibration.num_scores == 20
+    assert detector.num_fit == 72
+    assert detector.card["fit"]["held_out_normalised_loss"] is not None
+    assert detector.calibration.exact
+
+
+def test_many_products_hold_pictures_out_of_each(tmp_path: Path) -> None:
+    for number, name in enumerate(("bolt", "nut")):
+        write_product(tmp_path / name, number)
+    detector = fit(tmp_path, "uniad", multi_class=True)
+    assert {name: own.num_scores for name, own in detector.product_calibrations.items()} == {
+        "bolt": 12,
+        "nut": 12,
+    }
+    result = detector.evaluate(tmp_path)
+    assert set(result["per_product"]) == {"bolt", "nut"}
+
+
+def test_a_stopped_fit_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 30)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "training" and done == 25:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(good, training_dir=tmp_path / "state", progress=stop)
+    said: list[str] = []
+    resumed = fit(good, training_dir=tmp_path / "state", say=said.append)
+    assert any("25" in sentence and "of 40" in sentence for sentence in said)
+    assert_same(resumed, fit(good))
+
+
+def test_without_a_cache_the_model_is_the_same(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 30)
+    assert_same(fit(good, cache_dir=tmp_path / "cache"), fit(good, cache_mib=0))
+    assert (
+        len(list((tmp_path / "cache").rglob("*.safetensors"))) == 15
+    )  # what is held out is never learnt from
+
+
+def test_folds_keep_their_states_apart(tmp_path: Path) -> None:
+    fit(write_good(tmp_path / "good", 30), calibration="kfold", training_dir=tmp_path / "state")
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {
+        *(f"fold{number}" for number in range(5)),
+        "final",
+    }
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"needs at least 2 good pictures, not 1\."):
+        fit(write_good(tmp_path / "good", 1))
