@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -22,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from fettle.backbones import registry
+from fettle.bench import read_records, spread, write_record
 from fettle.detector import Detector
 from fettle.protocols import Backbone
 
@@ -110,14 +109,13 @@ def remembered_features() -> Iterator[None]:
 
 
 def run(words: Sequence[str]) -> None:
-    RECORDS.mkdir(parents=True, exist_ok=True)
     wanted = [cell for cell in cells() if all(word in cell.name for word in words)]
     for (data, _), group in itertools.groupby(wanted, key=lambda cell: (cell.data, cell.backbone)):
         missing = [cell for cell in group if not (RECORDS / f"{cell.name}.json").exists()]
         with remembered_features():
             for cell in missing:
                 record = run_cell(cell, Path(os.environ["FETTLE_DATA"]) / DATA[data])
-                (RECORDS / f"{cell.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+                write_record(RECORDS, cell.name, record)
                 figures = "  ".join(
                     f"{key} {record[key]:.4f}" for key in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
                 )
@@ -151,7 +149,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, object]:
 
 def table() -> None:
     """Mean over seeds, the spread (standard deviation) where there are several."""
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    records = list(read_records(RECORDS).values())
     keys = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 
     def group_of(record: dict[str, object]) -> tuple[object, ...]:
@@ -181,12 +179,6 @@ def table() -> None:
             + " | ".join(cells)
             + f" | {promise}: {measured} |"
         )
-
-
-def spread(values: list[float]) -> str:
-    if len(values) < 2 or max(values) - min(values) < 0.0005:
-        return f"{mean(values):.3f}"
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
 
 
 if __name__ == "__main__":
