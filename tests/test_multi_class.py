@@ -64,6 +64,8 @@ def test_evaluate_gives_each_product_the_mean_and_all_pooled(detector: Detector,
     for key in ("image_auroc", "pixel_ap", "escape_rate"):
         mean = np.mean([per_product[name][key] for name in PRODUCTS])
         assert result["mean"][key] == pytest.approx(mean)
+    assert result["mean"]["promise_on"] == "review"
+    assert result["mean"]["frr_promised"] == pytest.approx(0.05)
     assert result["pooled"]["num_good"] == 12 and result["mean"]["num_defective"] == 12
     assert set(result["pooled"]["per_defect"]) == {f"{name}/scratch" for name in PRODUCTS}
     assert all(set(values) >= KEYS for values in (*per_product.values(), result["mean"], result["pooled"]))

@@ -35,7 +35,7 @@ def assert_same(one: Detector, other: Detector) -> None:
 
 
 def test_no_picture_serves_two_purposes(tmp_path: Path) -> None:
-    """100 pictures: 20 calibrate, a tenth of the rest watch for the early stop, the others are learnt from."""
+    """Of 100 pictures 20 calibrate, a tenth of the rest watch for the early stop, 72 are learnt from."""
     detector = fit(write_good(tmp_path / "good", 100), head={"early_stop": 1.0, "steps": 10})
     assert detector.calibration.num_scores == 20
     assert detector.num_fit == 72

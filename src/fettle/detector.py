@@ -107,19 +107,20 @@ class Detector:
         """What a user should know of this model: fallbacks, refused pictures, weak spots."""
         return cast("list[str]", self.card["warnings"])
 
-    def describe(self) -> dict[str, Json]:
-        """The model card in full: what it learnt from, with what, and what it promises."""
-        hidden = ("picture_keys",)
+    def describe(self, product: str = "") -> dict[str, Json]:
+        """The model card in full: what it learnt from, with what, and what it promises (for a product)."""
+        hidden = ("picture_keys", "promise")
+        calibration = self.calibration_of(product)
         spec = asdict(self.method.backbone.spec)
         backbone = {name: spec[name] for name in ("id", "sha256", "source", "licence")}
         return {
             "name": f"{self.method.name} on {spec['id']}",
-            "promise": " ".join(self.calibration.sentences()),
+            "promise": " ".join(calibration.sentences()),
             "method": self.method.name,
             "configuration": self.method.config.model_dump(mode="json"),
             "backbone": {**backbone, "levels": list(self.method.levels)},
             "frame": self.frame.model_dump(mode="json"),
-            "calibration": self.calibration.model_dump(mode="json", exclude={"scores"}),
+            "calibration": calibration.model_dump(mode="json", exclude={"scores"}),
             **self._describe_products(),
             **{name: value for name, value in self.card.items() if name not in hidden},
         }

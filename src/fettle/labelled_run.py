@@ -124,12 +124,19 @@ def promise_of(calibration: Calibration) -> Promise:
 
 
 def _mean(results: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    """Plain means over products of what is defined for each of them; counts are sums."""
+    """Plain means over products of what is defined for each of them; counts are sums.
+
+    The promise has a mean only where all products have it on the same verdict.
+    """
     mean: dict[str, Json] = {}
     for key in _AVERAGED:
         values = [cast("float | None", result[key]) for result in results]
         defined = [value for value in values if value is not None]
         mean[key] = fmean(defined) if defined and len(defined) == len(values) else None
+    on = {cast("str | None", result["promise_on"]) for result in results}
+    mean["promise_on"] = on.pop() if len(on) == 1 else None
+    if mean["promise_on"] is None:
+        mean["frr_promised"] = None
     for key in _SUMMED:
         mean[key] = sum(cast(int, result[key]) for result in results)
     return mean

@@ -37,6 +37,11 @@ def test_commands_of_a_model_of_many_products(root: Path, tmp_path: Path) -> Non
     assert page.out.strip() == str(out / "report.html")
     text = (out / "report.html").read_text()
     assert "nut/report.html" in text and (out / "bolt" / "report.html").is_file()
+    assert "mean" in text and "pooled, one shared threshold" in text
+    promises = {
+        name: json.loads((out / name / "run.json").read_text())["card"]["promise"] for name in ("bolt", "nut")
+    }
+    assert all("(24 good pictures)" in promise for promise in promises.values())
 
     table = fettle("evaluate", tmp_path / "m", root)
     assert [line.split()[0] for line in table.out.splitlines()[1:5]] == ["bolt", "nut", "mean", "pooled"]

@@ -34,7 +34,7 @@ def open_run(detector: Detector, out: Path, *, product: str = "", overlays: bool
         raise UsageError(f"'{out}' holds a model.", "Name another folder for the rows with -o.")
     calibration = detector.calibration_of(product)
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
-    return RunWriter(out, card=detector.describe(), thresholds=thresholds, overlays=overlays)
+    return RunWriter(out, card=detector.describe(product), thresholds=thresholds, overlays=overlays)
 
 
 def add_or_refuse(

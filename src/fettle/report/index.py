@@ -21,13 +21,19 @@ _RATES = ("promised for good parts", "measured on good parts", "escapes")
 _NO_PROMISE = "nothing"
 
 
-def write_index(path: Path, results: Mapping[str, Mapping[str, Json]], reports: Mapping[str, Path]) -> Path:
+def write_index(
+    path: Path,
+    results: Mapping[str, Mapping[str, Json]],
+    reports: Mapping[str, Path],
+    together: Mapping[str, Mapping[str, Json]] | None = None,
+) -> Path:
     """Write a page with one line a product: its figures and a link to its report.
 
     Args:
         path: the page.
         results: product -> the keys of `Detector.evaluate`.
         reports: product -> its report's page, linked relative to `path`.
+        together: lines over all products, below: their mean, all pooled.
     """
     from markupsafe import Markup
 
@@ -39,6 +45,7 @@ def write_index(path: Path, results: Mapping[str, Mapping[str, Json]], reports: 
         (name, quote(Path(os.path.relpath(reports[name], path.parent)).as_posix()), _cells(r))
         for name, r in results.items()
     ]
+    rows += [(name, "", _cells(r)) for name, r in (together or {}).items()]
     html = environment.get_template("index.html.j2").render(
         style=Markup(style), columns=[*_COLUMNS.values(), *_RATES], rows=rows
     )
@@ -49,11 +56,11 @@ def write_index(path: Path, results: Mapping[str, Mapping[str, Json]], reports: 
 
 def _cells(result: Mapping[str, Json]) -> list[str]:
     """One product's figures in the order of the columns."""
-    on = "not ok" if result["promise_on"] == "review" else "reject"
-    promised, measured = result["frr_promised"], result["frr_measured"]
+    on = "not ok" if result.get("promise_on") == "review" else "reject"
+    promised, measured = result.get("frr_promised"), result.get("frr_measured")
     return [
-        *(ratio(result[key]) for key in _COLUMNS),
+        *(ratio(result.get(key)) for key in _COLUMNS),
         _NO_PROMISE if promised is None else f"at most {percent(promised)} {on}",
         NOT_KNOWN if measured is None else f"{percent(measured)} {on}",
-        percent(result["escape_rate"]),
+        percent(result.get("escape_rate")),
     ]

@@ -65,9 +65,11 @@ def write_products_report(out: Path) -> Path:
             raise ValueError("it was not written by Fettle")
         names = cast("dict[str, str]", content["folders"])
         results = cast("dict[str, dict[str, Json]]", content["metrics"]["per_product"])
+        together = {name: content["metrics"][name] for name in ("mean", "pooled")}
         if any(Path(name).name != name for name in names.values()) or set(names) != set(results):
             raise ValueError("its folders do not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' can't be used ({error}).", remedy) from error
     reports = {product: write_report(out / name) for product, name in names.items()}
-    return write_index(out / "report.html", results, reports)
+    lines = {"mean": together["mean"], "pooled, one shared threshold": together["pooled"]}
+    return write_index(out / "report.html", results, reports, lines)
