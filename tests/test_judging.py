@@ -98,3 +98,14 @@ def test_few_pictures_are_left_out_one_by_one(tmp_path: Path) -> None:
 def test_unknown_mode_is_refused(forty: Path) -> None:
     with pytest.raises(UsageError, match="calibration"):
         Detector.fit(forty, calibration="jackknife", **TINY)
+
+
+def test_a_hold_out_has_groups_enough_for_its_promise(tmp_path: Path) -> None:
+    """80 pictures in 40 groups: a fifth of them is 8 groups, and the promise of 5 % on review needs 19."""
+    write_good(tmp_path / "tiles", 80)
+    rows = ["path,label,mask,split,product,tile"]
+    rows += [f"tiles/{i:03d}.png,good,,train,p,{i // 2}" for i in range(80)]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(rows) + "\n")
+    calibration = Detector.fit(manifest, calibration="holdout", **{**TINY, "target_frr": 0.01}).calibration
+    assert calibration.num_scores >= 19 and calibration.promise_on == "review"

@@ -113,7 +113,8 @@ class Fitter:
         """Fit and judge.
 
         Args:
-            holdout: pictures that a hold-out should have at least; it takes a fifth, at most half.
+            holdout: pictures (or groups) that a hold-out should have at least; it takes a fifth, at most
+                half.
 
         Raises:
             UsageError: leave_one_out of a method that cannot leave pictures out.
@@ -151,7 +152,7 @@ class Fitter:
 
     def _hold_out(self, pictures: Sequence[GoodPicture], least: int) -> FittedMethod:
         rest, held = _split_off(
-            pictures, lambda number: min(max(_LEAST_HELD_OUT, least / number), _MOST_HELD_OUT)
+            pictures, lambda groups: min(max(_LEAST_HELD_OUT, (least + 1) / groups), _MOST_HELD_OUT)
         )
         method, record, num_fit = self._learn(rest)
         judged = self._judge(method, held)
@@ -205,7 +206,7 @@ class Fitter:
         learnt: list[GoodPicture] = list(pictures)
         watching: list[GoodPicture] = []
         if cast(TrainingConfig, method.config).early_stop:
-            learnt, watching = _split_off(pictures, lambda number: _EARLY_STOP_SHARE, "early stop")
+            learnt, watching = _split_off(pictures, lambda groups: _EARLY_STOP_SHARE, "early stop")
         stream = TrainingPictures(method, learnt, self._frame, run)
         record = method.prepare(stream, run)
         held_out = TrainingPictures(method, watching, self._frame, run) if watching else None
@@ -254,11 +255,15 @@ def _keys_and_groups(pictures: Sequence[GoodPicture]) -> tuple[list[str], list[s
 def _split_off(
     pictures: Sequence[GoodPicture], share_of: Callable[[int], float], purpose: str = ""
 ) -> tuple[list[GoodPicture], list[GoodPicture]]:
-    """The pictures that stay and those split off: of each product its share, whole groups, by content."""
+    """The pictures that stay and those split off: of each product a share, whole groups, by content.
+
+    `share_of` gives it from the product's number of groups, since a promise counts groups.
+    """
     split: set[str] = set()
     for product in sorted({picture.product for picture in pictures}):
         own = [picture for picture in pictures if picture.product == product]
-        out = hold_out(*_keys_and_groups(own), share_of(len(own)), purpose)
+        num_groups = len({picture.group for picture in own})
+        out = hold_out(*_keys_and_groups(own), share_of(num_groups), purpose)
         split |= {picture.key for picture, chosen in zip(own, out, strict=True) if chosen}
     return [p for p in pictures if p.key not in split], [p for p in pictures if p.key in split]
 
