@@ -151,9 +151,11 @@ class Fitter:
         )
 
     def _hold_out(self, pictures: Sequence[GoodPicture], least: int) -> FittedMethod:
-        rest, held = _split_off(
-            pictures, lambda groups: min(max(_LEAST_HELD_OUT, (least + 1) / groups), _MOST_HELD_OUT)
-        )
+        def share(groups: int, number: int) -> float:
+            wanted = least + (groups < number)  # where groups differ in size, one may be lost to rounding
+            return min(max(_LEAST_HELD_OUT, wanted / groups), _MOST_HELD_OUT)
+
+        rest, held = _split_off(pictures, share)
         method, record, num_fit = self._learn(rest)
         judged = self._judge(method, held)
         return FittedMethod(**vars(judged), method=method, mode="holdout", record=record, num_fit=num_fit)
@@ -206,7 +208,7 @@ class Fitter:
         learnt: list[GoodPicture] = list(pictures)
         watching: list[GoodPicture] = []
         if cast(TrainingConfig, method.config).early_stop:
-            learnt, watching = _split_off(pictures, lambda groups: _EARLY_STOP_SHARE, "early stop")
+            learnt, watching = _split_off(pictures, lambda groups, number: _EARLY_STOP_SHARE, "early stop")
         stream = TrainingPictures(method, learnt, self._frame, run)
         record = method.prepare(stream, run)
         held_out = TrainingPictures(method, watching, self._frame, run) if watching else None
@@ -253,17 +255,17 @@ def _keys_and_groups(pictures: Sequence[GoodPicture]) -> tuple[list[str], list[s
 
 
 def _split_off(
-    pictures: Sequence[GoodPicture], share_of: Callable[[int], float], purpose: str = ""
+    pictures: Sequence[GoodPicture], share_of: Callable[[int, int], float], purpose: str = ""
 ) -> tuple[list[GoodPicture], list[GoodPicture]]:
     """The pictures that stay and those split off: of each product a share, whole groups, by content.
 
-    `share_of` gives it from the product's number of groups, since a promise counts groups.
+    `share_of` gives it from the product's number of groups, which a promise counts, and of pictures.
     """
     split: set[str] = set()
     for product in sorted({picture.product for picture in pictures}):
         own = [picture for picture in pictures if picture.product == product]
         num_groups = len({picture.group for picture in own})
-        out = hold_out(*_keys_and_groups(own), share_of(num_groups), purpose)
+        out = hold_out(*_keys_and_groups(own), share_of(num_groups, len(own)), purpose)
         split |= {picture.key for picture, chosen in zip(own, out, strict=True) if chosen}
     return [p for p in pictures if p.key not in split], [p for p in pictures if p.key in split]
 

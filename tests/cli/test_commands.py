@@ -290,7 +290,12 @@ def test_python_m_fettle_is_the_same_command() -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "fettle", "methods", "--json"], capture_output=True, text=True, check=True
     )
-    assert [method["name"] for method in json.loads(answer.stdout)] == ["padim", "patchcore"]
+    assert [method["name"] for method in json.loads(answer.stdout)] == [
+        "fpfnet",
+        "padim",
+        "patchcore",
+        "uniad",
+    ]
 
 
 def test_a_saved_model_says_the_same_as_a_fresh_fit(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from command_line import fettle, fit
 
 from conftest import write_good
 from fettle.cli.console import Screen
-from fettle.detector import Detector
+from fettle.inspecting import Inspector
 from fettle.inspection import Region
 from fettle.report import page
 
@@ -122,16 +122,16 @@ def test_an_answer_that_is_no_number_costs_one_picture(
     model: Path, labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     """A region without a finite peak stands for every answer that a run folder cannot keep."""
-    whole = Detector.inspect_items
+    whole = Inspector.inspect
 
-    def with_one_bad(self: Detector, *args: object, **options: object) -> Iterator[object]:
+    def with_one_bad(self: Inspector, *args: object, **options: object) -> Iterator[object]:
         for number, answer in enumerate(whole(self, *args, **options)):
             if number == 1:
                 region = Region(0, 0, 1, 1, area_px=1, length_px=1.0, peak=float("inf"))
                 answer = replace(answer, inspection=replace(answer.inspection, regions=(region,)))
             yield answer
 
-    monkeypatch.setattr(Detector, "inspect_items", with_one_bad)
+    monkeypatch.setattr(Inspector, "inspect", with_one_bad)
     paths = labelled_folder / "test" / "scratch" if command == "inspect" else labelled_folder
     answer = fettle(command, model, paths, "-o", tmp_path / "run", "--json")
     assert answer.code == 3
