@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fettle.backbones import BackboneEntry, register_backbone
 from fettle.protocols import Level
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 torch.set_num_threads(1)  # tiny networks gain nothing from threads, and lose much beside other work
 
 TINY_LEVELS = (Level("stride4", 8, 4), Level("stride8", 12, 8), Level("stride16", 16, 16))
