@@ -305,7 +305,7 @@ def test_what_is_not_valid_never_scores(fitted: Fitted) -> None:
     maps = fitted.method(pictures, valid)
     inside = valid[:, 0]
     assert bool((maps.anomaly_map[~inside] == 0).all())
-    assert float(maps.score[0]) == float(maps.anomaly_map[inside].max())
+    assert maps.score[0].item() == maps.anomaly_map[inside].max().item()
 
 
 @each_method

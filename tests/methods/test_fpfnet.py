@@ -6,12 +6,12 @@ from typing import cast
 
 import pytest
 import torch
-from fettle.perturb.pool import NAMED_POOLS
 from test_uniad import batch_of, good_pictures, prepared, train, whole
 
 from fettle.methods.fpfnet import FPFNet, FPFNetConfig
 from fettle.methods.registry import find_method, make_config
 from fettle.methods.uniad import Uniad, UniadConfig
+from fettle.perturb.pool import NAMED_POOLS
 
 OFF: dict[str, object] = {"pool": "gaussian", "fusion": "none"}
 
