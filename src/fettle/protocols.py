@@ -186,10 +186,20 @@ class Backbone(Protocol):
         """Features (B, C, h, w) by level name. A level it cannot serve is refused by name."""
         ...
 
+    @property
+    def cues(self) -> tuple[str, ...]:
+        """Names of the cues that it offers, the best first."""
+        ...
+
     def features_and_cue(
-        self, pictures: Tensor, levels: Sequence[str], cue: str
+        self,
+        pictures: Tensor,
+        levels: Sequence[str],
+        cue: str,
+        cue_levels: Sequence[str] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Features, and a map (B, h, w) of where the picture holds something, from one pass."""
+        """Features, and where the picture holds something, from one pass: raw maps (B, K, h, w), which have
+        a scale each."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -256,6 +266,29 @@ class LeavesOut(Protocol):
 
     def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
         """Each picture of `good`, judged without itself and its group, in the stream's order."""
+        ...
+
+
+class Explanation(NamedTuple):
+    """Pictures of a method's inner view, and what belongs beside them.
+
+    Attributes:
+        maps: (B, H, W) by name, framed px, in 0..1; "error" is on the anomaly map's own scale.
+        numbers: shown beside the pictures.
+        words: one sentence on what the maps are and are not.
+    """
+
+    maps: dict[str, Tensor]
+    numbers: dict[str, Json]
+    words: str
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A method that can show its inner view."""
+
+    def explain(self, pictures: Tensor, valid: Tensor) -> Explanation:
+        """What it sees in pictures (B, 3, H, W)."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _CUE_STRIDE = 16  # the cue's grid of a convolutional network
+_PLAIN_VIT = "VisionTransformer"  # by timm's name of the class
+_KNOWN_ATTENTION = "Attention"  # timm's plain one; others rotate, window or linearise
 
 
 class _Frozen(nn.Module):
@@ -50,11 +53,24 @@ class _Frozen(nn.Module):
         height, width = pictures.shape[-2:]
         step = self.spec.side_step
         if height % step or width % step:
+            wrong = height if height % step else width
+            below = max(wrong // step, 1) * step
             raise UsageError(
                 f"Backbone '{self.spec.id}' cannot take {height} x {width} px.",
-                f"Use sides that are multiples of {step}.",
+                f"Use sides that are multiples of {step}, such as {below} and {below + step}.",
             )
         return (pictures - self.mean) / self.std
+
+    @property
+    def cues(self) -> tuple[str, ...]:
+        """Cues that `features_and_cue` offers, the best first."""
+        raise NotImplementedError
+
+    def check_cue(self, cue: str) -> None:
+        """Refuse a cue that this network does not have. Raises UsageError."""
+        if cue not in self.cues:
+            offered = ", ".join(f"'{name}'" for name in self.cues)
+            raise UsageError(f"Backbone '{self.spec.id}' has no cue '{cue}'.", f"It has {offered}.")
 
     def extra_repr(self) -> str:
         return f"{self.spec.id}, levels={self.built}"
@@ -70,30 +86,46 @@ class ConvPyramid(_Frozen):
         super().__init__(spec, net, levels)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # known to torch only
 
+    @property
+    def cues(self) -> tuple[str, ...]:
+        """What `features_and_cue` offers, the best first."""
+        return ("energy", "energy_with_border")
+
     def features_and_cue(
-        self, pictures: Tensor, levels: Sequence[str], cue: str = "energy"
+        self,
+        pictures: Tensor,
+        levels: Sequence[str],
+        cue: str = "energy",
+        cue_levels: Sequence[str] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Features, and where the picture holds something: activation energy, from one pass.
 
         Args:
-            levels: fine to coarse; the cue is the mean over them.
-            cue: "energy" is all that a convolutional network has.
+            levels: fine to coarse.
+            cue: "energy", or "energy_with_border", see `activation_energy`.
+            cue_levels: those of `levels` that the cue is taken from; None: all.
 
         Returns:
-            features by level, and the cue (B, H/16, W/16) in 0..1.
+            features by level, and the energy of each level as it is, (B, cue levels, H/16, W/16).
         """
-        if cue != "energy":
-            raise UsageError(f"Backbone '{self.spec.id}' has no cue '{cue}'.", "A CNN has 'energy' only.")
+        self.check_cue(cue)
         features = self(pictures, levels)
         grid = (pictures.shape[-2] // _CUE_STRIDE, pictures.shape[-1] // _CUE_STRIDE)
-        energies = [energy_cue(features[name], grid) for name in levels]
-        return features, torch.stack(energies).mean(dim=0)
+        without_border = cue == "energy"
+        energies = [activation_energy(features[name], grid, without_border) for name in cue_levels or levels]
+        return features, torch.cat(energies, dim=1)
 
     def forward(self, pictures: Tensor, levels: Sequence[str]) -> dict[str, Tensor]:
         """(B, 3, H, W) in 0..1 -> level: (B, C, H/stride, W/stride)."""
         pictures = self.normalise(pictures, levels).contiguous(memory_format=torch.channels_last)
-        outputs = self.net(pictures)
-        by_name = dict(zip(self.built, outputs, strict=True))
+        by_name = dict(zip(self.built, self.net(pictures), strict=True))
+        for name in levels:
+            level = self.spec.level(name)
+            if level is not None and by_name[name].shape[1] != level.channels:
+                raise UsageError(
+                    f"Backbone '{self.spec.id}' ({type(self.net).__name__}) does not give channels first.",
+                    "Use a convolutional network or a plain ViT.",
+                )
         return {name: by_name[name] for name in levels}
 
 
@@ -106,37 +138,38 @@ class VisionTransformer(_Frozen):
         features, _ = self._walk(pictures, levels, ())
         return features
 
+    @property
+    def cues(self) -> tuple[str, ...]:
+        """What `features_and_cue` offers, the best first."""
+        return ("cls", "received") if cast("TimmViT", self.net).cls_token is not None else ("received",)
+
     def features_and_cue(
-        self, pictures: Tensor, levels: Sequence[str], cue: str = "cls"
+        self,
+        pictures: Tensor,
+        levels: Sequence[str],
+        cue: str = "cls",
+        cue_levels: Sequence[str] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Features, and the attention of the same blocks, from one pass.
 
         Args:
             cue: "cls", what the class token attends to, or "received", what all patches attend to; a mean
-                over heads and over the blocks of `levels`. It sums to 1 less what prefix tokens take.
+                over heads and blocks. It sums to 1 less what prefix tokens take.
+            cue_levels: those of `levels` whose blocks' attention is taken; None: all.
 
         Returns:
-            features by level, and the cue (B, h, w).
+            features by level, and the cue, (B, 1, h, w).
         """
-        if cue not in ("cls", "received"):
-            raise UsageError(
-                f"Backbone '{self.spec.id}' has no cue '{cue}'.", "A ViT has 'cls' and 'received'."
-            )
+        self.check_cue(cue)
         net = cast("TimmViT", self.net)
         prefix = net.num_prefix_tokens
-        if cue == "cls" and net.cls_token is None:
-            raise UsageError(f"Backbone '{self.spec.id}' has no class token.", "Ask for the cue 'received'.")
-        blocks = sorted({_block_number(name, len(net.blocks)) for name in levels})
-        features, maps = self._walk(pictures, levels, blocks)
-        looked_at = [
-            maps[block].mean(dim=1)[:, 0, prefix:]
-            if cue == "cls"
-            else maps[block].mean(dim=1)[:, prefix:, prefix:].mean(dim=1)
-            for block in blocks
-        ]
+        rows = slice(0, 1) if cue == "cls" else slice(prefix, None)
+        blocks = sorted({_block_number(name, len(net.blocks)) for name in cue_levels or levels})
+        features, maps = self._walk(pictures, levels, blocks, rows)
+        looked_at = torch.stack([maps[block].mean(dim=(1, 2))[:, prefix:] for block in blocks])
         step = self.spec.side_step
         grid = (pictures.shape[-2] // step, pictures.shape[-1] // step)
-        return features, torch.stack(looked_at).mean(dim=0).reshape(-1, *grid)
+        return features, torch.unflatten(looked_at.mean(dim=0), 1, (1, *grid))
 
     def tokens(self, pictures: Tensor, level: str) -> Tensor:
         """All tokens of one level, class token first: (B, T, C)."""
@@ -146,7 +179,7 @@ class VisionTransformer(_Frozen):
 
     def attention(self, pictures: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Attention of blocks counted from 1: (B, heads, T, T) each, rows sum to 1."""
-        _, maps = self._walk(pictures, (), tuple(blocks))
+        _, maps = self._walk(pictures, (), tuple(blocks), slice(None))
         return [maps[block] for block in blocks]
 
     def _walk(
@@ -154,9 +187,11 @@ class VisionTransformer(_Frozen):
         pictures: Tensor,
         levels: Sequence[str],
         attention_of: Sequence[int],
+        rows: slice = slice(None),
         tokens: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """One pass through the blocks, no further than what is asked for."""
+        """One pass through the blocks, no further than what is asked for. `rows`: queries whose attention
+        is wanted."""
         net = cast("TimmViT", self.net)
         x = net.patch_embed(self.normalise(pictures, levels))
         x = net.norm_pre(net.patch_drop(net._pos_embed(x)))  # (B, T, C)
@@ -171,8 +206,12 @@ class VisionTransformer(_Frozen):
         maps: dict[int, Tensor] = {}
         for number, block in enumerate(list(net.blocks)[:last], start=1):
             if number in attention_of:
-                maps[number] = _attention_weights(block, x)
-            x = block(x)
+                kept: list[Tensor] = []
+                with _attention_kept(block, rows, kept):
+                    x = block(x)
+                maps[number] = kept[0]
+            else:
+                x = block(x)
             if f"block{number}" in levels:
                 found[f"block{number}"] = x
         if "final" in levels:
@@ -193,37 +232,57 @@ def _block_number(level: str, depth: int) -> int:
     return depth if level == "final" else int(level.removeprefix("block"))
 
 
-def _attention_weights(block: Module, x: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) of one timm block, computed openly because fused attention hides it."""
-    attention = cast("Module", block.attn)
+@contextmanager
+def _attention_kept(block: Module, rows: slice, kept: list[Tensor]) -> Iterator[None]:
+    """Within, what `block` attends to goes into `kept`: (B, heads, rows, T).
+
+    Its fused attention never builds the matrix, and switching that off would move the features. So queries
+    and keys are computed anew from the attention's own input; the features stay the same bits.
+    """
+    attention = cast("Module", getattr(block, "attn", None))
+    if type(attention).__name__ != _KNOWN_ATTENTION:
+        raise UsageError(
+            f"The attention of {type(block).__name__} ({type(attention).__name__}) cannot be read.",
+            "Use a plain ViT, such as vit_small_patch16_224.dino.",
+        )
+
+    def keep(module: Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(_attention_weights(module, inputs[0], rows))
+
+    handle = attention.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _attention_weights(attention: Module, x: Tensor, rows: slice) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of timm's `Attention` on its input x (B, T, C), for some queries."""
     batch, num_tokens, _ = x.shape
-    heads = cast(int, attention.num_heads)
-    qkv = cast("nn.Linear", attention.qkv)(cast("Module", block.norm1)(x))
-    qkv = qkv.reshape(batch, num_tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
-    query = cast("Module", attention.q_norm)(qkv[0])
-    key = cast("Module", attention.k_norm)(qkv[1])
+    qkv = cast("nn.Linear", attention.qkv)(x)
+    qkv = qkv.reshape(batch, num_tokens, 3, cast(int, attention.num_heads), -1)
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+    query = cast("Module", attention.q_norm)(query[:, :, rows])
+    key = cast("Module", attention.k_norm)(key)
     scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return cast(Tensor, scores.softmax(dim=-1))
 
 
-def energy_cue(level: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Root mean square over channels on the given grid, stretched to 0..1 a picture: (B, h, w).
+def activation_energy(level: Tensor, grid: tuple[int, int], without_border: bool = True) -> Tensor:
+    """Root mean square over channels of a level (B, C, h, w) on the given grid: (B, 1, *grid).
 
-    The outermost ring takes its inner neighbour's value, since zero padding makes the border stand out. A
-    constant picture gives 0.5 everywhere.
+    Args:
+        without_border: the outermost ring takes its inner neighbour's value, since zero padding makes the
+            border stand out; on a grid of fewer than four a side nothing is replaced.
     """
     energy = level.square().mean(dim=1, keepdim=True).sqrt()
     if energy.shape[-1] >= grid[1]:
         energy = F.adaptive_avg_pool2d(energy, grid)
     else:
         energy = F.interpolate(energy, size=grid, mode="bilinear", align_corners=False)
-    if min(grid) >= 4:
+    if without_border and min(grid) >= 4:
         energy = F.pad(energy[..., 1:-1, 1:-1], (1, 1, 1, 1), mode="replicate")
-    flat = energy.flatten(1)
-    low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
-    least = (1e-5 * flat.abs().mean(dim=1, keepdim=True)).clamp_min(1e-12)
-    stretched = 0.5 + (flat - (low + high) / 2) / torch.maximum(high - low, least)
-    return stretched.clamp(0, 1).reshape(-1, *grid)
+    return energy
 
 
 def conv_levels(timm_name: str) -> tuple[Level, ...]:
@@ -252,6 +311,11 @@ def vit_levels(timm_name: str) -> tuple[tuple[Level, ...], int]:
     """Levels of a timm ViT, and its patch side."""
     with torch.device("meta"):
         net = import_timm().create_model(timm_name, pretrained=False, num_classes=0)
+    if type(net).__name__ != _PLAIN_VIT:
+        raise UsageError(
+            f"Backbone '{timm_name}' is a {type(net).__name__}, which is no plain ViT.",
+            "Use one whose positions are added once, such as vit_small_patch16_224.dino.",
+        )
     patch = int(net.patch_embed.patch_size[0])
     names = [f"block{number}" for number in range(1, len(net.blocks) + 1)] + ["final"]
     return tuple(Level(name, int(net.embed_dim), patch) for name in names), patch

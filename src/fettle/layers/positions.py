@@ -1,9 +1,28 @@
-"""Learned positions of the tokens of a grid, as UniAD has them (arXiv 2206.03687)."""
+"""Positions of the tokens of a grid: learned, as UniAD has them (arXiv 2206.03687), or fixed waves."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
+
+_LONGEST = 10_000.0  # times the shortest wave
+
+
+@lru_cache(maxsize=32)
+def wave_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Fixed positions (H W, width), row by row: sines and cosines of y and of x, a half of the channels each.
+
+    Args:
+        grid: (H, W), tokens. width: channels, a multiple of 4.
+    """
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        quarter = width // 4
+        rates = _LONGEST ** (-torch.arange(quarter, device=device) / quarter)
+        y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+        angles = [place.flatten()[:, None] * rates for place in (y, x)]  # (H W, quarter) each
+        return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class LearnedPositions(nn.Module):

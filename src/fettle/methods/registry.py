@@ -12,6 +12,7 @@ from fettle.errors import ConfigError, UsageError, nearest_name
 from fettle.protocols import Method
 
 _HOME = {
+    "agpnet": "fettle.methods.agpnet:AGPNet",
     "fpfnet": "fettle.methods.fpfnet:FPFNet",
     "padim": "fettle.methods.padim:Padim",
     "patchcore": "fettle.methods.patchcore:PatchCore",

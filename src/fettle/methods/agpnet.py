@@ -1,0 +1,545 @@
+"""AGPNet (Huang et al., arXiv 2408.07490): a reconstruction whose training is disturbed where it matters.
+
+A light transformer rebuilds the frozen features of a good picture from disturbed ones. Noise is strongest
+where the attention of the backbone, and of a slow copy of the decoder, lies. At inspection nothing is
+disturbed: the error of rebuilding is the anomaly map.
+
+The paper's numbers for most constants are not known to us; they are our own, and the paper's mechanism.
+Sections named in comments are those of the method's specification.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fettle.errors import ConfigError, DataError
+from fettle.layers.energy_scale import EnergyScale
+from fettle.layers.feature_statistics import FeatureStatistics
+from fettle.layers.pixel_map import pixel_map
+from fettle.layers.positions import wave_positions
+from fettle.layers.token_grid import aligned_to, valid_on_grid
+from fettle.layers.vit_block import ViTBlock, draw_weights, seen_by_all
+from fettle.perturb.attention import (
+    AttentionGuide,
+    Guidance,
+    GuideConfig,
+    follow,
+    joint_prior,
+    linear,
+    momentum_at,
+    normalise,
+    picture_sigma,
+)
+from fettle.perturb.turns import Turns, turned
+from fettle.protocols import (
+    Backbone,
+    Batch,
+    Explanation,
+    FeatureStream,
+    FitRecord,
+    Json,
+    Level,
+    Loss,
+    Maps,
+    Preset,
+    Run,
+    Step,
+    Traits,
+)
+from fettle.training import TrainingConfig
+
+_GRID_STRIDE = 16  # framed px a token, where the backbone is a pyramid
+_STRIDES = (8, 16, 32)
+_MORE = 4  # stride taken besides, where a pyramid has fewer than two of these
+_EPS = 1e-6  # of the layer norms
+_MAP_SIDE = 256  # framed px that `smooth_sigma` is given for
+
+
+class AGPNetConfig(GuideConfig, TrainingConfig):
+    """Fields of AGPNet, besides those of cues and strengths (`GuideConfig`) and of the training.
+
+    Attributes:
+        taps: backbone levels, fine to coarse; None takes strides 8, 16 and 32 of a pyramid, or four blocks of
+            a ViT, evenly spaced.
+        fuse: "sum" of the layer-normed taps, or "concat"; "auto" sums where all are of one width.
+        width, heads, depth: channels, heads and blocks of the decoder.
+        out_norm: a layer norm before its output; it takes away each token's length.
+        positions: "learned", or fixed "waves", which hold on any grid.
+        levels: what is disturbed: features, the picture, or both.
+        image_every: with levels "both", the picture is disturbed in every n-th step only; it costs a pass
+            through the backbone.
+        noise_unit: what noise of strength 1 is: the RMS of the picture's features, of each token, or 1.
+        ratio_start, ratio_end: share of the pixels that are disturbed at the first and the last step.
+        sigma: noise at these pixels, in units of pictures in 0..1.
+        schedule_unit: alpha and ratio grow by "step", or stay for an "epoch" each.
+        augment: "flip" mirrors pictures in training, "turn" turns them by quarters, too (squares only). Each
+            step then runs the backbone.
+        loss: "mse", the paper's, or "cosine".
+        smooth_sigma: blur of the map, px at a side of 256.
+        score: of the picture: the map's "max", the mean of its "top1%", or its "mean".
+        infer_with: the "decoder" that was trained, or its "momentum" copy.
+    """
+
+    steps: int = Field(default=600, ge=1, le=100_000_000)
+    batch: int = Field(default=16, ge=1, le=4096)
+    lr: float = Field(default=1e-3, gt=0, le=10)
+    clip: float = Field(default=1.0, ge=0)
+    decay: Literal["all", "linear"] = "linear"
+
+    taps: tuple[str, ...] | None = None
+    fuse: Literal["auto", "sum", "concat"] = "auto"
+    width: int = Field(default=128, ge=4, le=4096, multiple_of=4)
+    heads: int = Field(default=4, ge=1, le=256)
+    depth: int = Field(default=2, ge=1, le=64)
+    out_norm: bool = False
+    positions: Literal["learned", "waves"] = "learned"
+    levels: Literal["feature", "image", "both"] = "both"
+    image_every: int = Field(default=4, ge=1, le=1_000_000)
+    noise_unit: Literal["picture_rms", "token_rms", "one"] = "picture_rms"
+    ratio_start: float = Field(default=0.1, ge=0, le=1)
+    ratio_end: float = Field(default=0.5, ge=0, le=1)
+    sigma: float = Field(default=0.2, ge=0, le=10)
+    schedule_unit: Literal["step", "epoch"] = "step"
+    augment: Turns = "none"
+    loss: Literal["mse", "cosine"] = "mse"
+    smooth_sigma: float = Field(default=4.0, ge=0, le=100)
+    score: Literal["max", "top1%", "mean"] = "max"
+    infer_with: Literal["decoder", "momentum"] = "decoder"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+        if self.infer_with == "momentum" and self.momentum == 0:
+            raise ValueError("infer_with 'momentum' needs a momentum above 0")
+        return self
+
+    @property
+    def disturbs_pictures(self) -> bool:
+        """Whether any step disturbs pictures."""
+        return self.noise != "none" and self.levels != "feature"
+
+
+class Decoder(nn.Module):
+    """From tokens to tokens, a plain transformer with full attention (section 7).
+
+    Args:
+        channels: of the features. grid: (H, W), tokens; (0, 0) while it is not known yet.
+    """
+
+    grid: Tensor
+
+    def __init__(self, channels: int, grid: tuple[int, int], config: AGPNetConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.register_buffer("grid", torch.tensor(grid))  # (2,)
+        self.project_in = nn.Linear(channels, width) if channels != width else nn.Identity()
+        learned = config.positions == "learned"
+        self.positions = nn.Parameter(torch.zeros(grid[0] * grid[1], width)) if learned else None
+        self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=_EPS) if config.out_norm else nn.Identity()
+        self.project_out = nn.Linear(width, channels)
+
+    def forward(self, tokens: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Rebuild features: tokens (B, N, C) row by row, valid (B, N) bool -> (B, N, C)."""
+        x = self._placed(tokens, grid)
+        mask = seen_by_all(valid)
+        for block in self.blocks:
+            x = block(x, mask)
+        rebuilt: Tensor = self.project_out(self.norm(x))
+        return rebuilt
+
+    @torch.no_grad()
+    def looked_at(self, tokens: Tensor, valid: Tensor, grid: tuple[int, int], layers: str) -> Tensor:
+        """How much each token is looked at by "all" blocks or the "last", (B, N) (equation 4)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = self._placed(tokens.float(), grid)
+            mask = seen_by_all(valid)
+            received = []
+            for number, block in enumerate(self.blocks, start=1):
+                if layers == "all" or number == len(self.blocks):
+                    received.append(cast(ViTBlock, block).received(x, valid))
+                if number < len(self.blocks):
+                    x = block(x, mask)
+            return torch.stack(received).mean(dim=0)
+
+    def _placed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        x: Tensor = self.project_in(tokens)
+        if self.positions is None:
+            return x + wave_positions(grid, x.shape[-1], x.device)
+        if grid != tuple(self.grid.tolist()):
+            raise ConfigError(
+                f"Method 'agpnet' was fitted on a grid of {self.grid.tolist()}, not {list(grid)}.",
+                "Use the model's frame, or fit with --set positions=waves.",
+            )
+        return x + self.positions
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights anew, on the CPU."""
+        draw_weights(self, generator)
+        if self.positions is not None:
+            nn.init.trunc_normal_(self.positions, std=0.02, generator=generator)
+
+
+class AGPNet(nn.Module):
+    """The backbone, the decoder, its momentum copy, and the guide. See the module's text."""
+
+    name: ClassVar[str] = "agpnet"
+    Config: ClassVar[type[AGPNetConfig]] = AGPNetConfig
+    traits: ClassVar[Traits] = Traits(
+        trained=True,
+        multi_class=True,
+        few_shot=True,
+        fixed_grid=True,
+        square_grid=False,
+        leave_one_out=False,
+    )
+    presets: ClassVar[dict[str, Preset]] = {
+        "compact": Preset(AGPNetConfig(), backbone=None, frame="auto", size=256),
+        "paper": Preset(
+            AGPNetConfig(
+                width=384,
+                heads=6,
+                depth=4,
+                image_every=1,
+                alpha_end=1.0,
+                beta=0.2,
+                contrast_floor=0.0,
+                epochs=500,
+                batch=32,
+                lr=4e-4,
+            ),
+            backbone="vit_small_patch16_224.dino",
+            frame="square",
+            size=256,
+        ),
+    }
+
+    def __init__(self, backbone: Backbone, config: AGPNetConfig, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.levels = tuple(levels)
+        known = [level for name in levels if (level := backbone.spec.level(name))]
+        sizes = [level.channels for level in known]
+        self.stride = min(max(level.stride for level in known), _GRID_STRIDE)
+        self.sums = config.fuse == "sum" or (config.fuse == "auto" and len(set(sizes)) == 1)
+        if self.sums and len(set(sizes)) > 1:
+            raise ConfigError(f"Taps of {sizes} channels cannot be summed.", "Use fuse=concat.")
+        self.channels = sizes[0] if self.sums else sum(sizes)
+        self.cue = config.prior_stat or backbone.cues[0]
+        self.decoder = Decoder(self.channels, (0, 0), config)
+        self.momentum_decoder = _frozen_copy(self.decoder) if config.momentum else None
+        self.guide = AttentionGuide(config)
+        self.scale = EnergyScale()
+        # Known during the fit only: MSE of predicting each position's mean, views, and a step's learned cue.
+        self._baseline = 0.0
+        self._num_views = 0
+        self._last_learned: Tensor | None = None
+
+    @staticmethod
+    def choose_levels(offered: Sequence[Level], config: AGPNetConfig) -> tuple[str, ...]:
+        """Levels that this method taps on a backbone that offers these."""
+        if config.taps is not None:
+            return config.taps
+        if len({level.stride for level in offered}) > 1:
+            chosen = [level for level in offered if level.stride in _STRIDES]
+            if len(chosen) < 2:
+                chosen = [level for level in offered if level.stride == _MORE] + chosen
+            return tuple(level.name for level in chosen)
+        blocks = [level.name for level in offered if level.name.startswith("block")]
+        return tuple(blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4))
+
+    def train(self, mode: bool = True) -> Self:
+        """The backbone stays in eval mode: its batch norm must use its running statistics."""
+        super().train(mode)
+        cast(nn.Module, self.backbone).eval()
+        return self
+
+    # Constants of a picture
+
+    def feature_key(self) -> str:
+        """The recipe of `features`."""
+        return f"{'sum' if self.sums else 'concat'} at stride {self.stride}, {self.cue} of {self._cue_levels}"
+
+    @property
+    def _cue_levels(self) -> tuple[str, ...]:
+        return self.levels if self.config.prior_levels == "all" else self.levels[-1:]
+
+    def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """What is to be rebuilt, and the backbone's cue: {"tokens": (B, C, h, w), "prior": (B, K, h, w)}."""
+        by_name, prior = self.backbone.features_and_cue(pictures, self.levels, self.cue, self._cue_levels)
+        tokens = self._fused(by_name, pictures)
+        return {"tokens": tokens, "prior": aligned_to(prior, _grid(tokens), "mean")}
+
+    def _fused(self, by_name: dict[str, Tensor], pictures: Tensor) -> Tensor:
+        """The taps, layer-normed without weights, as a sum or side by side: (B, C, h, w) (equation 1)."""
+        grid = (pictures.shape[-2] // self.stride, pictures.shape[-1] // self.stride)
+        tokens = [aligned_to(by_name[name], grid, "mean").flatten(2).transpose(1, 2) for name in self.levels]
+        normed = [F.layer_norm(level, level.shape[-1:], eps=_EPS) for level in tokens]  # (B, N, C) each
+        fused = torch.stack(normed).sum(dim=0) if self.sums else torch.cat(normed, dim=2)
+        return torch.unflatten(fused.transpose(1, 2), 2, grid)
+
+    # The fit
+
+    @torch.no_grad()
+    def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
+        """Walk once: the grid, what predicting the mean costs, and the mean prior; then draw the weights.
+
+        Raises:
+            DataError: features that are NaN or infinite.
+        """
+        seen = FeatureStatistics()
+        priors: list[Tensor] = []
+        for batch in good:
+            tokens, valid = batch.features["tokens"], valid_on_grid(batch.features["tokens"], batch.valid)
+            seen.add(tokens, valid, len(set(batch.keys)))
+            self._num_views += len(tokens)
+            if self.config.noise == "fixed":
+                prior = batch.features["prior"].flatten(2)
+                priors.append(joint_prior(prior, valid.flatten(1), self.config.contrast_floor).sum(dim=0))
+        if not seen.finite:
+            raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
+        if priors:
+            self.guide.mean_prior = torch.stack(priors).sum(dim=0) / self._num_views
+        several = seen.num_pictures > 1 and self.config.loss == "mse"
+        ones = torch.ones(self.channels, device=seen.sums.device)
+        self._baseline = seen.spread(ones) if several else 0.0  # one picture is its own mean
+        device = self.scale.median.device
+        self.decoder = Decoder(self.channels, seen.grid, self.config)
+        self.decoder.initialise(run.generator("agpnet/weights"))
+        self.decoder.to(device).train(self.training)
+        if self.config.momentum:
+            self.momentum_decoder = _frozen_copy(self.decoder)
+        facts: dict[str, Json] = {
+            "taps": list(self.levels),
+            "cue": self.cue,
+            "grid": list(seen.grid),
+            "channels": self.channels,
+            "parameters": sum(parameter.numel() for parameter in self.decoder.parameters()),
+            "mean_feature_mse": self._baseline,
+        }
+        return FitRecord(facts)
+
+    def needs(self, step: Step) -> frozenset[str]:
+        """Pictures, in steps that disturb or turn them."""
+        return frozenset({"pictures"} if self._disturbs_picture(step) or self._turns else ())
+
+    @property
+    def _turns(self) -> bool:
+        return self.config.augment != "none"
+
+    def _disturbs_picture(self, step: Step) -> bool:
+        every = self.config.image_every if self.config.levels == "both" else 1
+        return self.config.disturbs_pictures and step.number % every == 0
+
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+        """The error of rebuilding clean features from disturbed ones (section 8)."""
+        if self._turns:
+            batch = self._turned(batch, step)
+        clean, valid = self._tokens(batch.features["tokens"], batch.valid)
+        grid = _grid(batch.features["tokens"])
+        if self.config.noise == "none":
+            yield self._loss(self.decoder(clean, valid, grid), clean, valid)
+            return
+        unit = self._unit(clean, valid)
+        guidance = self._guidance(batch, clean, valid, step, unit)
+        weight = (guidance.strength * unit)[:, :, None]
+        rebuilt = []
+        if self.config.levels != "image":
+            disturbed = clean + weight * _normal(clean, step.generator("noise/features"))
+            rebuilt.append(self.decoder(disturbed, valid, grid))
+        if self._disturbs_picture(step):
+            disturbed = self._of_disturbed_picture(batch, guidance, step)
+            if self.config.levels == "both":
+                disturbed = disturbed + weight * _normal(clean, step.generator("noise/features of pictures"))
+            rebuilt.append(self.decoder(disturbed, valid, grid))
+        losses = [self._loss(own, clean, valid) for own in rebuilt]
+        yield Loss(torch.stack([loss.value for loss in losses]).mean(), losses[0].baseline)
+
+    def held_out_loss(self, batch: Batch) -> Loss:
+        """The same without noise."""
+        clean, valid = self._tokens(batch.features["tokens"], batch.valid)
+        return self._loss(self.decoder(clean, valid, _grid(batch.features["tokens"])), clean, valid)
+
+    def after_step(self, step: Step) -> None:
+        """The momentum copy follows (equation 3)."""
+        if self.momentum_decoder is not None:
+            follow(self.momentum_decoder, self.decoder, momentum_at(step.number, self.config.momentum))
+        if self._last_learned is not None:
+            self.guide.keep_learned(self._last_learned)
+
+    def _guidance(
+        self, batch: Batch, clean: Tensor, valid: Tensor, step: Step, unit: Tensor | None = None
+    ) -> Guidance:
+        prior, learned = self._cues(batch, clean, valid)
+        self._last_learned = learned
+        found: Guidance = self.guide(prior, learned, self._share(step), valid, step.generator("places"), unit)
+        return found
+
+    def _cues(self, batch: Batch, clean: Tensor, valid: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The prior (B, K, N) and the learned cue (B, N), where they are used."""
+        config = self.config
+        prior = batch.features["prior"].flatten(2) if config.takes_prior else None
+        if not config.takes_learned:
+            return prior, None
+        looker = self.momentum_decoder or self.decoder
+        grid = _grid(batch.features["tokens"])
+        return prior, looker.looked_at(clean, valid, grid, config.learned_layers)
+
+    def _share(self, step: Step) -> float:
+        """How far the training is; by epochs it is a staircase."""
+        if self.config.schedule_unit == "step":
+            return step.share
+        last, epoch = (
+            (number * self.config.batch) // max(self._num_views, 1)
+            for number in (step.total - 1, step.number)
+        )
+        return epoch / max(last, 1)
+
+    def _unit(self, clean: Tensor, valid: Tensor) -> Tensor:
+        """What noise of strength 1 is at each token, (B, N) (section 6.1)."""
+        squares = clean.square().mean(dim=2)  # (B, N)
+        if self.config.noise_unit == "token_rms":
+            return squares.sqrt()
+        if self.config.noise_unit == "one":
+            return torch.ones_like(squares)
+        number = valid.sum(dim=1, keepdim=True).clamp_min(1)
+        return ((squares * valid).sum(dim=1, keepdim=True) / number).sqrt().expand_as(squares)
+
+    @torch.no_grad()
+    def _of_disturbed_picture(self, batch: Batch, guidance: Guidance, step: Step) -> Tensor:
+        """Tokens (B, N, C) of the pictures with noise where attention is highest (section 6.2). No clamp."""
+        assert batch.pictures is not None
+        config = self.config
+        ratio = linear(config.ratio_start, config.ratio_end, self._share(step), config.ramp)
+        grid = _grid(batch.features["tokens"])
+        sigma = picture_sigma(guidance.attention, config.noise, ratio, config.sigma, grid, batch.valid)
+        noise = _normal(batch.pictures, step.generator("noise/pictures"))
+        with torch.autocast(noise.device.type, enabled=False):
+            disturbed = batch.pictures + sigma * noise
+            fused = self._fused(self.backbone(disturbed, self.levels), disturbed)
+        return fused.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def _turned(self, batch: Batch, step: Step) -> Batch:
+        """The batch with each picture mirrored or turned at random, and its features computed anew."""
+        assert batch.pictures is not None
+        pictures, valid = turned(batch.pictures, batch.valid, self.config.augment, step.generator("turns"))
+        with torch.autocast(pictures.device.type, enabled=False):
+            return Batch(self.features(pictures, valid), valid, pictures)
+
+    def _loss(self, rebuilt: Tensor, clean: Tensor, valid: Tensor) -> Loss:
+        """Mean over valid tokens, then over pictures."""
+        if self.config.loss == "cosine":
+            error = 1 - F.cosine_similarity(rebuilt.float(), clean, dim=2)
+        else:
+            error = (rebuilt.float() - clean).square().mean(dim=2)  # (B, N)
+        of_pictures = (error * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
+        return Loss(of_pictures.mean(), self._baseline)
+
+    # Inspection
+
+    def settle(self, energies: Tensor) -> None:
+        self.scale.settle(energies)
+
+    def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
+        height, width = pictures.shape[-2:]
+        sigma = self.config.smooth_sigma * min(height, width) / _MAP_SIDE
+        anomaly_map = pixel_map(self._error(pictures, valid), valid, sigma)
+        return Maps(anomaly_map, picture_score(anomaly_map, valid[:, 0], self.config.score))
+
+    def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
+        """(B, h, w): the error of rebuilding on the stored scale."""
+        energy: Tensor = self.scale(self._error(pictures, valid))
+        return energy
+
+    def _error(self, pictures: Tensor, valid: Tensor) -> Tensor:
+        """||F - F_hat|| of every token, (B, h, w) (equation 8)."""
+        features = self._fused(self.backbone(pictures, self.levels), pictures)
+        clean, inside = self._tokens(features, valid)
+        decoder = self.decoder
+        if self.config.infer_with == "momentum" and self.momentum_decoder is not None:
+            decoder = self.momentum_decoder
+        error = (decoder(clean, inside, _grid(features)) - clean).square().sum(dim=2)
+        return torch.unflatten((error + 1e-12).sqrt(), 1, _grid(features))
+
+    def _tokens(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C, h, w) -> tokens (B, N, C) and whether each is valid (B, N)."""
+        return features.flatten(2).transpose(1, 2), valid_on_grid(features, valid).flatten(1)
+
+    @torch.no_grad()
+    def explain(self, pictures: Tensor, valid: Tensor) -> Explanation:
+        """The cues, the masks that they make as a training ends, and the error unblurred (section 14)."""
+        config = self.config
+        batch = Batch(self.features(pictures, valid), valid, pictures)
+        clean, inside = self._tokens(batch.features["tokens"], valid)
+        grid = _grid(batch.features["tokens"])
+        prior, learned = self._cues(batch, clean, inside)
+        tokens: dict[str, Tensor] = {}
+        maps: dict[str, Tensor] = {}
+        if prior is not None:
+            tokens["prior"] = joint_prior(prior, inside, config.contrast_floor)
+        if learned is not None:
+            tokens["learned"] = normalise(learned, inside, config.contrast_floor)
+        if tokens:
+            end = Step(max(config.steps - 1, 1), config.steps)
+            guidance = self._guidance(batch, clean, inside, end)
+            tokens["mask"] = guidance.mask
+            shown = picture_sigma(guidance.attention, config.noise, config.ratio_end, 1.0, grid, valid)
+            maps["mask_image"] = shown[:, 0]
+        enlarged = {
+            name: pixel_map(torch.unflatten(values, 1, grid), valid, 0) for name, values in tokens.items()
+        }
+        maps = {**enlarged, **maps, "error": pixel_map(self._error(pictures, valid), valid, 0)}
+        words = "Masks guide training; they are not part of the verdict."
+        if learned is not None and self.momentum_decoder is None:
+            words += " The learned cue is the decoder's own, since there is no momentum copy."
+        return Explanation(maps, self._strengths(), words)
+
+    def _strengths(self) -> dict[str, Json]:
+        """How strong the noise was, for the report."""
+        config = self.config
+        return {
+            "noise": config.noise,
+            "alpha": [config.alpha(0.0), config.alpha(1.0)],
+            "beta": config.beta,
+            "pixels": [config.ratio_start, config.ratio_end],
+            "contrast floor": config.contrast_floor,
+        }
+
+
+def _grid(features: Tensor) -> tuple[int, int]:
+    return features.shape[-2], features.shape[-1]
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of that shape, drawn on the CPU so that a seed means the same everywhere."""
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _frozen_copy(decoder: Decoder) -> Decoder:
+    frozen = copy.deepcopy(decoder)
+    frozen.requires_grad_(False)
+    return frozen
+
+
+def picture_score(anomaly_map: Tensor, valid: Tensor, kind: Literal["max", "top1%", "mean"]) -> Tensor:
+    """The score (B,) of a map (B, H, W) over its valid pixels (B, H, W)."""
+    values = anomaly_map.masked_fill(~valid, 0).flatten(1)
+    if kind == "max":
+        return values.amax(dim=1)
+    number = valid.flatten(1).sum(dim=1)
+    if kind == "mean":
+        return values.sum(dim=1) / number.clamp_min(1)
+    count = torch.ceil(number / 100).long().clamp_min(1)
+    ordered = values.sort(dim=1, descending=True).values.cumsum(dim=1)
+    return ordered.gather(1, count[:, None] - 1)[:, 0] / count
