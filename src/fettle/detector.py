@@ -399,7 +399,8 @@ def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> 
             setattr(module, last, tensor)
             continue
         parameter = getattr(module, last)
-        if len(parameter) == 0 and parameter.shape[1:] == tensor.shape[1:]:  # rows of a grid not known yet
+        if parameter.numel() == 0 and parameter.ndim == tensor.ndim and parameter.shape[-1] == tensor.shape[-1]:
+            # of a grid that was not known yet
             parameter.data = tensor.to(parameter.dtype)
         elif parameter.shape == tensor.shape:
             parameter.data.copy_(tensor)

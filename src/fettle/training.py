@@ -136,7 +136,7 @@ class _Loop:
         self.pictures, self.held_out = pictures, held_out
         self.network = cast(nn.Module, method)
         self.total = planned_steps(config, pictures.num_views, processes.count)
-        self.state = TrainingState(self.network, self.total, config.lr, config.weight_decay, config.ema)
+        self.state = TrainingState(self.network, self.total, config)
         self.order = PictureOrder(pictures.products, config.balance, run.seed)
         self.board: SummaryWriter | None = None
         self.warnings: list[str] = []

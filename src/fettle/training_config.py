@@ -17,6 +17,7 @@ class TrainingConfig(BaseModel):
         steps: batches to learn from. epochs: passes over the pictures instead; None takes `steps`.
         batch: pictures a step and process.
         lr, weight_decay: of AdamW.
+        decay: what weight decay acts on: "all" parameters, or the weights of "linear" layers alone.
         clip: largest total norm of the gradient; 0 is off.
         schedule: the learning rate after the warm-up: "constant", "step" (a tenth for the last fifth of the
             steps) or "cosine" (to 0).
@@ -36,6 +37,7 @@ class TrainingConfig(BaseModel):
     batch: int = Field(default=8, ge=1, le=4096)
     lr: float = Field(default=5e-4, gt=0, le=10)
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
+    decay: Literal["all", "linear"] = "all"
     clip: float = Field(default=0.1, ge=0)
     schedule: Literal["constant", "step", "cosine"] = "step"
     warmup: float = Field(default=0.05, ge=0, le=1)

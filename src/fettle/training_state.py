@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fettle.checkpoint import Best, DamagedState, Header
+from fettle.training_config import TrainingConfig
 
 BUCKETS = 100  # of the loss log, each a hundredth of the training
 _BACKBONE = "backbone."
@@ -29,7 +30,7 @@ class TrainingState:
     Args:
         network: the method. Its parameters that require gradients are trained, the backbone's never.
         total: steps planned.
-        ema: decay of the average of the weights; 0 keeps none.
+        config: learning rate, weight decay, and the decay of the average of the weights (0 keeps none).
 
     Attributes:
         step, updates: steps and optimiser steps done.
@@ -37,21 +38,34 @@ class TrainingState:
         best: the best held-out loss so far.
     """
 
-    def __init__(self, network: nn.Module, total: int, lr: float, weight_decay: float, ema: float) -> None:
+    def __init__(self, network: nn.Module, total: int, config: TrainingConfig) -> None:
         self._network = network
-        self._ema = ema
+        self._ema = config.ema
         self.total = total
         self.parameters = {
             name: parameter
             for name, parameter in network.named_parameters()
             if parameter.requires_grad and not name.startswith(_BACKBONE)
         }
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=weight_decay)
-        self._average = {name: p.detach().clone() for name, p in self.parameters.items()} if ema else {}
+        self.optimizer = self._adamw(config)
+        self._average = (
+            {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
+        )
         self.step = self.updates = 0
         self.best: Best | None = None
         self._best_state: dict[str, Tensor] = {}
         self._losses = torch.zeros(BUCKETS, 3, dtype=torch.float64)  # sum, normalised sum, count
+
+    def _adamw(self, config: TrainingConfig) -> torch.optim.AdamW:
+        parameters = list(self.parameters.values())
+        linear = {id(m.weight) for m in self._network.modules() if isinstance(m, nn.Linear)}
+        decayed = [p for p in parameters if config.decay == "all" or id(p) in linear]
+        kept = {id(p) for p in decayed}
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
 
     # The loss log: the same memory for any number of steps
 

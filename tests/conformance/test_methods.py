@@ -36,6 +36,10 @@ SMALL_HEAD: dict[str, object] = {
     **{"steps": 60, "warmup": 0.0, "lr": 2e-3},
 }
 SETTINGS: dict[str, dict[str, object]] = {
+    "agpnet": {
+        **{"width": 32, "heads": 2, "depth": 1, "batch": 8, "steps": 60, "warmup": 0.0, "lr": 3e-3},
+        **{"smooth_sigma": 0.0},
+    },
     "fpfnet": SMALL_HEAD,
     "padim": {"channels": 12},
     "patchcore": {"bank_rows": 300},

@@ -6,6 +6,7 @@ only place where one is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -101,15 +102,27 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (B, N, width).
         """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (  # (B, heads, N, d) each
-            torch.unflatten(F.linear(x, weight, bias), -1, (self.heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
+        q, k, v = self._projected((query, key, value))
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         joined: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return joined
+
+    def received(self, query: Tensor, key: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+        """How much each key is looked at by valid queries (B, N): a mean over heads and queries, (B, M)."""
+        q, k = self._projected((query, key))
+        scores = (q @ k.transpose(-2, -1)).float() / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).mean(dim=1)  # (B, N, M)
+        total: Tensor = (weights * valid[:, :, None]).sum(dim=1)
+        return total / valid.sum(dim=1, keepdim=True).clamp_min(1)
+
+    def _projected(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Queries, keys and values of these inputs, as many as there are: (B, heads, N, d) each."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return [
+            torch.unflatten(F.linear(x, weight, bias), -1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(inputs, weights, biases, strict=False)
+        ]
 
     def extra_repr(self) -> str:
         return f"width={self.in_proj_weight.shape[1]}, heads={self.heads}, dropout={self.dropout}"

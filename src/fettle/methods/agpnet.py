@@ -10,7 +10,6 @@ Sections named in comments are those of the method's specification.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, Self, cast
 
@@ -31,6 +30,7 @@ from fettle.perturb.attention import (
     Guidance,
     GuideConfig,
     follow,
+    frozen_copy,
     joint_prior,
     linear,
     momentum_at,
@@ -134,15 +134,12 @@ class Decoder(nn.Module):
         channels: of the features. grid: (H, W), tokens; (0, 0) while it is not known yet.
     """
 
-    grid: Tensor
-
     def __init__(self, channels: int, grid: tuple[int, int], config: AGPNetConfig) -> None:
         super().__init__()
         width = config.width
-        self.register_buffer("grid", torch.tensor(grid))  # (2,)
         self.project_in = nn.Linear(channels, width) if channels != width else nn.Identity()
         learned = config.positions == "learned"
-        self.positions = nn.Parameter(torch.zeros(grid[0] * grid[1], width)) if learned else None
+        self.positions = nn.Parameter(torch.zeros(*grid, width)) if learned else None
         self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=_EPS) if config.out_norm else nn.Identity()
         self.project_out = nn.Linear(width, channels)
@@ -174,12 +171,13 @@ class Decoder(nn.Module):
         x: Tensor = self.project_in(tokens)
         if self.positions is None:
             return x + wave_positions(grid, x.shape[-1], x.device)
-        if grid != tuple(self.grid.tolist()):
+        known = tuple(self.positions.shape[:2])
+        if grid != known:
             raise ConfigError(
-                f"Method 'agpnet' was fitted on a grid of {self.grid.tolist()}, not {list(grid)}.",
+                f"Method 'agpnet' was fitted on a grid of {list(known)}, not {list(grid)}.",
                 "Use the model's frame, or fit with --set positions=waves.",
             )
-        return x + self.positions
+        return x + self.positions.flatten(0, 1)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -237,7 +235,7 @@ class AGPNet(nn.Module):
         self.channels = sizes[0] if self.sums else sum(sizes)
         self.cue = config.prior_stat or backbone.cues[0]
         self.decoder = Decoder(self.channels, (0, 0), config)
-        self.momentum_decoder = _frozen_copy(self.decoder) if config.momentum else None
+        self.momentum_decoder = frozen_copy(self.decoder) if config.momentum else None
         self.guide = AttentionGuide(config)
         self.scale = EnergyScale()
         # Known during the fit only: MSE of predicting each position's mean, views, and a step's learned cue.
@@ -298,18 +296,13 @@ class AGPNet(nn.Module):
             DataError: features that are NaN or infinite.
         """
         seen = FeatureStatistics()
-        priors: list[Tensor] = []
         for batch in good:
             tokens, valid = batch.features["tokens"], valid_on_grid(batch.features["tokens"], batch.valid)
             seen.add(tokens, valid, len(set(batch.keys)))
             self._num_views += len(tokens)
-            if self.config.noise == "fixed":
-                prior = batch.features["prior"].flatten(2)
-                priors.append(joint_prior(prior, valid.flatten(1), self.config.contrast_floor).sum(dim=0))
+            self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
         if not seen.finite:
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
-        if priors:
-            self.guide.mean_prior = torch.stack(priors).sum(dim=0) / self._num_views
         several = seen.num_pictures > 1 and self.config.loss == "mse"
         ones = torch.ones(self.channels, device=seen.sums.device)
         self._baseline = seen.spread(ones) if several else 0.0  # one picture is its own mean
@@ -317,8 +310,9 @@ class AGPNet(nn.Module):
         self.decoder = Decoder(self.channels, seen.grid, self.config)
         self.decoder.initialise(run.generator("agpnet/weights"))
         self.decoder.to(device).train(self.training)
+        self.guide.begin(seen.grid[0] * seen.grid[1])
         if self.config.momentum:
-            self.momentum_decoder = _frozen_copy(self.decoder)
+            self.momentum_decoder = frozen_copy(self.decoder)
         facts: dict[str, Json] = {
             "taps": list(self.levels),
             "cue": self.cue,
@@ -524,12 +518,6 @@ def _grid(features: Tensor) -> tuple[int, int]:
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of that shape, drawn on the CPU so that a seed means the same everywhere."""
     return torch.randn(like.shape, generator=generator).to(like)
-
-
-def _frozen_copy(decoder: Decoder) -> Decoder:
-    frozen = copy.deepcopy(decoder)
-    frozen.requires_grad_(False)
-    return frozen
 
 
 def picture_score(anomaly_map: Tensor, valid: Tensor, kind: Literal["max", "top1%", "mean"]) -> Tensor:

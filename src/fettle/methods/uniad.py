@@ -22,6 +22,7 @@ from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.positions import LearnedPositions
 from fettle.layers.token_grid import Align, aligned_to, enlarged, pooled_maximum, valid_on_grid
+from fettle.perturb.attention import AttentionGuide, follow, frozen_copy, momentum_at, unit_rms
 from fettle.perturb.pool import NAMED_POOLS, PoolConfig
 from fettle.protocols import (
     Backbone,
@@ -221,6 +222,22 @@ class Reconstruction(nn.Module):
         rebuilt: Tensor = self.project_out(self.norm(output))
         return rebuilt
 
+    @torch.no_grad()
+    def looked_at(self, tokens: Tensor, valid: Tensor, layers: str) -> Tensor:
+        """How much each token is looked at in "all" layers of the encoder or the "last", (B, N)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            allowed = neighbour_mask(self.grid, self.window, tokens.device)
+            mask = visible(allowed if self.mask_encoder else torch.ones_like(allowed), valid)
+            position = self.positions()
+            x = self.project_in(tokens.float())
+            received = []
+            for number, layer in enumerate(self.encoder, start=1):
+                if layers == "all" or number == len(self.encoder):
+                    attention = cast(EncoderLayer, layer).attention
+                    received.append(attention.received(x + position, x + position, mask, valid))
+                x = layer(x, position, mask)
+            return torch.stack(received).mean(dim=0)
+
     def memory(self, encoded: list[Tensor]) -> Tensor:
         """m, what every decoder layer reads, from e_0, e_1, ..., e_L."""
         if self.fusion in ("encoder", "encoder_decoder", "full"):
@@ -305,8 +322,17 @@ class Uniad(nn.Module):
         self._sizes = [level.channels for level in known]
         self.stride = min(max(level.stride for level in known), _GRID_STRIDE)
         self.head = Reconstruction(sum(self._sizes), (0, 0), config)
+        guide = config.pool.guide
+        self.guide = None if guide is None else AttentionGuide(guide)
+        self.cue: str | None = None
+        self._cue_levels = self.levels
+        if guide is not None and guide.takes_prior:
+            self.cue = guide.prior_stat or backbone.cues[0]
+            self._cue_levels = self.levels if guide.prior_levels == "all" else self.levels[-1:]
+        self.momentum_head = self._momentum_copy()
         self.register_buffer("channel_scale", torch.ones(sum(self._sizes)))  # one number a level, repeated
         self.scale = EnergyScale()
+        self._last_learned: Tensor | None = None  # of this step
         self._baseline = 1.0  # MSE of predicting each position's mean; known during the fit only
 
     @staticmethod
@@ -328,14 +354,23 @@ class Uniad(nn.Module):
 
     def feature_key(self) -> str:
         """The recipe of `features`."""
-        return f"tokens of {','.join(self.levels)}, {self.config.align} at stride {self.stride}"
+        cue = "" if self.cue is None else f", {self.cue} of {','.join(self._cue_levels)}"
+        return f"tokens of {','.join(self.levels)}, {self.config.align} at stride {self.stride}{cue}"
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """All levels on one grid, side by side (section 2): {"tokens": (B, C, h, w)}."""
-        by_name = self.backbone(pictures, self.levels)
+        """All levels on one grid, side by side (section 2): {"tokens": (B, C, h, w)}.
+
+        A pool that is guided by the backbone's cue adds {"prior": (B, K, h, w)}.
+        """
+        if self.cue is None:
+            return {"tokens": self._side_by_side(self.backbone(pictures, self.levels), pictures)}
+        by_name, prior = self.backbone.features_and_cue(pictures, self.levels, self.cue, self._cue_levels)
+        tokens = self._side_by_side(by_name, pictures)
+        return {"tokens": tokens, "prior": aligned_to(prior, (tokens.shape[-2], tokens.shape[-1]), "mean")}
+
+    def _side_by_side(self, by_name: dict[str, Tensor], pictures: Tensor) -> Tensor:
         grid = (pictures.shape[-2] // self.stride, pictures.shape[-1] // self.stride)
-        aligned = [aligned_to(by_name[name], grid, self.config.align) for name in self.levels]
-        return {"tokens": torch.cat(aligned, dim=1)}
+        return torch.cat([aligned_to(by_name[name], grid, self.config.align) for name in self.levels], dim=1)
 
     @torch.no_grad()
     def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
@@ -350,6 +385,8 @@ class Uniad(nn.Module):
         for batch in good:
             tokens, valid = batch.features["tokens"], valid_on_grid(batch.features["tokens"], batch.valid)
             seen.add(tokens, valid, len(set(batch.keys)))
+            if self.guide is not None and self.cue is not None:
+                self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
             allowed = neighbour_mask(seen.grid, self.config.window, tokens.device)
             lonely += int((sees_nobody(allowed, valid.flatten(1)) & valid.flatten(1)).sum())
         if seen.num_pictures < _FEWEST:
@@ -366,6 +403,9 @@ class Uniad(nn.Module):
         self.head = Reconstruction(sum(self._sizes), seen.grid, self.config)
         self.head.initialise(run.generator("uniad/weights"))
         self.head.to(device).train(self.training)
+        self.momentum_head = self._momentum_copy()
+        if self.guide is not None:
+            self.guide.begin(seen.grid[0] * seen.grid[1])
         ends = torch.tensor(self._sizes).cumsum(0) - 1
         facts: dict[str, Json] = {
             "grid": list(seen.grid),
@@ -392,8 +432,9 @@ class Uniad(nn.Module):
         seen = clean
         if self.training:
             pool = self.config.pool
-            strength = pool.schedule(step.share)
-            seen = pool(clean, self.head.grid, step.generator("pool"), strength=strength, valid=valid)
+            draws, strength = step.generator("pool"), pool.schedule(step.share)
+            guide = self._guidance(batch, clean, valid, step)
+            seen = pool(clean, self.head.grid, draws, strength=strength, guide=guide, valid=valid)
         yield Loss(mean_squared_error(self.head(seen, valid), clean, valid), self._baseline)
 
     def held_out_loss(self, batch: Batch) -> Loss:
@@ -401,8 +442,34 @@ class Uniad(nn.Module):
         clean, valid = self._tokens(batch.features["tokens"], batch.valid)
         return Loss(mean_squared_error(self.head(clean, valid), clean, valid), self._baseline)
 
+    def _guidance(self, batch: Batch, clean: Tensor, valid: Tensor, step: Step) -> Tensor | None:
+        """Where a guided pool disturbs, (B, N), of root mean square 1; None: everywhere alike."""
+        if self.guide is None:
+            return None
+        guide = self.guide.config
+        prior = batch.features["prior"].flatten(2) if guide.takes_prior else None
+        learned = None
+        if guide.takes_learned:
+            learned = (self.momentum_head or self.head).looked_at(clean, valid, guide.learned_layers)
+            self._last_learned = learned
+        found = self.guide(prior, learned, step.share, valid, step.generator("places"))
+        return unit_rms(found.strength, valid)
+
     def after_step(self, step: Step) -> None:
-        """Nothing follows a step."""
+        """The momentum copy of a guided pool follows."""
+        if self.guide is None:
+            return
+        if self.momentum_head is not None:
+            follow(self.momentum_head, self.head, momentum_at(step.number, self.guide.config.momentum))
+        if self._last_learned is not None:
+            self.guide.keep_learned(self._last_learned)
+
+    def _momentum_copy(self) -> Reconstruction | None:
+        """What the learned cue of a guided pool comes from; None: from the head itself, or no such cue."""
+        guide = self.config.pool.guide
+        if guide is None or not guide.takes_learned or guide.momentum == 0:
+            return None
+        return frozen_copy(self.head)
 
     def settle(self, energies: Tensor) -> None:
         self.scale.settle(energies)
@@ -423,7 +490,8 @@ class Uniad(nn.Module):
 
     def _squared_error(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """||r - f||^2 of every token, (B, h, w)."""
-        clean, inside = self._tokens(self.features(pictures, valid)["tokens"], valid)
+        features = self._side_by_side(self.backbone(pictures, self.levels), pictures)
+        clean, inside = self._tokens(features, valid)
         error: Tensor = (self.head(clean, inside) - clean).square().sum(dim=2)  # (B, N)
         return torch.unflatten(error, 1, self.head.grid)
 

@@ -11,8 +11,9 @@ tokens of one picture, never over the batch: what a picture gets does not hang o
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fettle.errors import DataError
 
+Network = TypeVar("Network", bound=nn.Module)
 NoiseKind: TypeAlias = Literal["none", "uniform", "shuffled", "inverted", "fixed", "attention"]
 _LEAST_CONTRAST = 1e-5  # of the mean: below it differences are rounding
 _FIXED_DECAY = 0.99  # of the running mean of the learned cue
@@ -111,10 +113,17 @@ def momentum_at(updates: int, momentum: float) -> float:
     return min(momentum, (1 + updates) / (10 + updates))
 
 
+def frozen_copy(network: Network) -> Network:
+    """A copy that is not trained."""
+    copied = copy.deepcopy(network)
+    copied.requires_grad_(False)
+    return copied
+
+
 @torch.no_grad()
-def follow(copy: nn.Module, source: nn.Module, momentum: float) -> None:
-    """copy <- momentum copy + (1 - momentum) source, parameter by parameter."""
-    for own, other in zip(copy.parameters(), source.parameters(), strict=True):
+def follow(slow: nn.Module, source: nn.Module, momentum: float) -> None:
+    """slow <- momentum slow + (1 - momentum) source, parameter by parameter."""
+    for own, other in zip(slow.parameters(), source.parameters(), strict=True):
         own.lerp_(other, 1 - momentum)
 
 
@@ -261,6 +270,7 @@ class AttentionGuide(nn.Module):
     def __init__(self, config: GuideConfig) -> None:
         super().__init__()
         self.config = config
+        self._num_priors = 0
         if config.noise == "fixed":
             self.register_buffer("mean_prior", torch.zeros(0))  # (N,)
             self.register_buffer("mean_learned", torch.zeros(0))  # (N,)
@@ -315,9 +325,24 @@ class AttentionGuide(nn.Module):
         """One attention and mask for every picture, from the means kept so far."""
         mean_prior = None if prior is None else self.mean_prior.expand(len(valid), 1, -1)
         mean_learned = None if learned is None else self.mean_learned.expand(len(valid), -1)
-        if learned is not None and len(self.mean_learned) == 0:  # before the first step: what it begins with
+        if learned is not None and not bool(self.mean_learned.any()):  # before the first step
             mean_learned = learned.mean(dim=0).expand(len(valid), -1)
         return combine(*self._used(mean_prior, mean_learned, valid), valid, self.config.contrast_floor)
+
+    def begin(self, num_tokens: int) -> None:
+        """Before the first step: no learned cue is known yet."""
+        if self.config.noise == "fixed":
+            self.mean_learned = self.mean_learned.new_zeros(num_tokens)
+
+    @torch.no_grad()
+    def keep_prior(self, prior: Tensor, valid: Tensor) -> None:
+        """Before the first step, for "fixed": take priors (B, K, N) of training pictures into the mean."""
+        if self.config.noise != "fixed":
+            return
+        total = joint_prior(prior, valid, self.config.contrast_floor).sum(dim=0)
+        before = self.mean_prior * self._num_priors if self._num_priors else torch.zeros_like(total)
+        self._num_priors += len(prior)
+        self.mean_prior = (before + total) / self._num_priors
 
     @torch.no_grad()
     def keep_learned(self, learned: Tensor) -> None:
@@ -325,7 +350,7 @@ class AttentionGuide(nn.Module):
         if self.config.noise != "fixed":
             return
         mean = learned.mean(dim=0)
-        first = len(self.mean_learned) == 0
+        first = not bool(self.mean_learned.any())
         self.mean_learned = mean.clone() if first else self.mean_learned.lerp(mean, 1 - _FIXED_DECAY)
 
 

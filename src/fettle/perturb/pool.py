@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler,
 from torch import Tensor
 
 from fettle.errors import nearest_name
+from fettle.perturb.attention import GuideConfig
 from fettle.perturb.feature_drop import FeatureDrop
 from fettle.perturb.feature_noise import FeatureNoise
 from fettle.perturb.gaussian import Gaussian
@@ -78,6 +79,7 @@ class PoolConfig(BaseModel):
         granularity: one draw of (1) and (2) for the "batch", or one for each "sample", which is a picture.
         prob: probability that the pool runs at all.
         schedule: strength by progress. The caller hands over `strength=pool.schedule(step.share)`.
+        guide: where the members disturb; the method that has the pool computes it. None is everywhere alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +89,7 @@ class PoolConfig(BaseModel):
     granularity: Literal["batch", "sample"] = "batch"
     prob: float = Field(default=1.0, ge=0, le=1)
     schedule: Schedule = Constant()
+    guide: GuideConfig | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -97,6 +100,12 @@ class PoolConfig(BaseModel):
             value = NAMED_POOLS[value]
         made: Self = handler(value)
         return made
+
+    @model_validator(mode="after")
+    def _guide_guides(self) -> Self:
+        if self.guide is not None and self.guide.noise == "none":
+            raise ValueError("a guide with noise 'none' guides nothing: leave the guide out")
+        return self
 
     @model_validator(mode="after")
     def _probabilities_of_a_chain(self) -> Self:
