@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 from test_uniad import batch_of, good_pictures, prepared, train, whole
 
+from conftest import write_good
+from fettle.detector import Detector
+from fettle.errors import ConfigError
+from fettle.inspection import Inspection
 from fettle.methods.fpfnet import FPFNet, FPFNetConfig
 from fettle.methods.registry import find_method, make_config
 from fettle.methods.uniad import Uniad, UniadConfig
 from fettle.perturb.pool import NAMED_POOLS
+from fettle.protocols import Step
 
 OFF: dict[str, object] = {"pool": "gaussian", "fusion": "none"}
 
@@ -69,3 +75,75 @@ def test_presets_can_be_changed_field_by_field() -> None:
 
 def test_traits_are_those_of_uniad() -> None:
     assert FPFNet.traits == Uniad.traits and FPFNet.name == "fpfnet"
+
+
+# The pool guided by attention: a configuration, and nothing else
+
+
+def guided_pool(**guide: object) -> dict[str, object]:
+    return {**NAMED_POOLS["fpfnet"].model_dump(), "guide": {"contrast_floor": 0.0, **guide}}
+
+
+@pytest.mark.parametrize("cues", ["prior", "learned", "both"])
+def test_a_guided_pool_is_configuration_alone(cues: str) -> None:
+    method = prepared("fpfnet", pool=guided_pool(cues=cues))
+    batch = batch_of(method, good_pictures(4))
+    clean, valid = method._tokens(batch.features["tokens"], batch.valid)
+    guide = method._guidance(batch, clean, valid, Step(50, 100))
+    assert guide is not None
+    torch.testing.assert_close(guide.square().mean(dim=1), torch.ones(4))
+    assert float(guide.std()) > 0.05
+    found, plain = train(method, batch, 3), train(prepared("fpfnet"), batch, 3)
+    assert found[0] == plain[0]  # alpha begins at 0: the guide is even
+    assert found[2] != plain[2]
+    assert (method.momentum_head is not None) == (cues != "prior")
+
+
+def test_the_momentum_copy_of_a_guided_pool_follows() -> None:
+    method = prepared("fpfnet", pool=guided_pool(cues="learned"))
+    assert method.momentum_head is not None
+    before = [p.clone() for p in method.momentum_head.parameters()]
+    with torch.no_grad():
+        for p in method.head.parameters():
+            p.add_(1)
+    method.after_step(Step(0, 100))  # momentum 0.1
+    for slow, first in zip(method.momentum_head.parameters(), before, strict=True):
+        torch.testing.assert_close(slow, first + 0.9)
+        assert not slow.requires_grad
+
+
+def test_what_encoder_tokens_look_at_sums_to_one() -> None:
+    method = prepared("fpfnet", pool=guided_pool(cues="learned"))
+    batch = batch_of(method, good_pictures(4))
+    clean, valid = method._tokens(batch.features["tokens"], batch.valid)
+    looked = method.head.looked_at(clean, valid, "all")
+    torch.testing.assert_close(looked.sum(dim=1), torch.ones(4))
+    assert not looked.requires_grad
+
+
+def test_without_a_guide_nothing_is_added() -> None:
+    method = prepared("fpfnet")
+    assert set(batch_of(method, good_pictures(2)).features) == {"tokens"}
+    assert method.momentum_head is None and not any("momentum" in name for name in method.state_dict())
+
+
+def test_a_guided_model_answers_as_before_once_loaded(tmp_path: Path) -> None:
+    settings = {"width": 32, "heads": 2, "ffn": 64, "window": 3, "steps": 5}
+    fitted = Detector.fit(
+        write_good(tmp_path / "good", 6),
+        method="fpfnet",
+        settings={**settings, "pool": guided_pool(noise="fixed")},
+        backbone="tiny",
+        weights="random",
+        size=64,
+    )
+    fitted.save(tmp_path / "model")
+    path = [tmp_path / "good" / "000.png"]
+    answers = [next(one.inspect(path)) for one in (fitted, Detector.load(tmp_path / "model"))]
+    assert isinstance(answers[0], Inspection) and isinstance(answers[1], Inspection)
+    assert answers[0].score == answers[1].score
+
+
+def test_a_guide_that_guides_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leave the guide out"):
+        prepared("fpfnet", pool=guided_pool(noise="none"))
