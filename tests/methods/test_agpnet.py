@@ -17,7 +17,9 @@ from fettle.backbones import load_backbone
 from fettle.detector import Detector, _learnt, _load_learnt
 from fettle.errors import ConfigError
 from fettle.layers.feature_statistics import FeatureStatistics
-from fettle.methods.agpnet import AGPNet, AGPNetConfig, Decoder, picture_score
+from fettle.layers.token_decoder import TokenDecoder
+from fettle.layers.token_grid import score_of_map
+from fettle.methods.agpnet import AGPNet, AGPNetConfig
 from fettle.perturb.attention import Guidance
 from fettle.protocols import Batch, FeatureBatch, Level, Run, Step
 
@@ -85,13 +87,16 @@ def loss_and_gradients(method: AGPNet, batch: Batch, step: Step) -> tuple[float,
     [({}, 7_344_000), ({"out_norm": True}, 7_344_768), ({"depth": 2}, 3_795_072), ({"depth": 8}, 14_441_856)],
 )
 def test_parameters_of_the_paper_preset(settings: dict[str, object], expected: int) -> None:
-    decoder = Decoder(384, (16, 16), AGPNetConfig.model_validate({**PAPER.model_dump(), **settings}))
-    assert count(decoder) == expected
+    sizes = {"width": 384, "heads": 6, "depth": 4, **settings}
+    assert count(TokenDecoder(384, (16, 16), **sizes)) == expected  # type: ignore[arg-type]
+    assert (PAPER.width, PAPER.heads, PAPER.depth) == (384, 6, 4)
 
 
 def test_parameters_of_a_block_and_of_compact() -> None:
-    assert count(Decoder(384, (16, 16), PAPER).blocks[0]) == 1_774_464
-    assert count(Decoder(472, (16, 16), AGPNetConfig())) == 550_744
+    assert count(TokenDecoder(384, (16, 16), width=384, heads=6, depth=4).blocks[0]) == 1_774_464
+    compact = AGPNetConfig()
+    sizes = {"width": compact.width, "heads": compact.heads, "depth": compact.depth}
+    assert count(TokenDecoder(472, (16, 16), **sizes)) == 550_744
 
 
 def test_taps() -> None:
@@ -122,8 +127,7 @@ def test_equal_widths_are_summed_and_others_refuse_it() -> None:
 
 def test_an_identity_decoder_has_no_error() -> None:
     method = prepared(noise="none")
-    config = AGPNetConfig(width=28, heads=2, depth=2, contrast_floor=0.0)
-    decoder = Decoder(28, (4, 4), config)
+    decoder = TokenDecoder(28, (4, 4), width=28, heads=2, depth=2)
     for block in decoder.blocks:
         for layer in (block.attention.proj, block.fc2):  # type: ignore[union-attr]
             nn.init.zeros_(cast(nn.Linear, layer).weight)
@@ -163,7 +167,7 @@ def test_no_gradient_through_masks_backbone_and_momentum(monkeypatch: pytest.Mon
     assert given_value == value and len(given) == len(inside) > 10
     assert all(torch.equal(a, b) for a, b in zip(inside, given, strict=True))
     assert not kept[0].mask.requires_grad and not kept[0].strength.requires_grad
-    momentum = cast(Decoder, method.momentum_decoder)
+    momentum = cast(TokenDecoder, method.momentum_decoder)
     frozen = [*momentum.parameters(), *cast(nn.Module, method.backbone).parameters()]
     assert all(not p.requires_grad and p.grad is None for p in frozen)
 
@@ -220,7 +224,7 @@ def test_pictures_are_asked_for_only_when_they_are_disturbed() -> None:
 
 def test_momentum_follows_after_a_step_and_the_cue_comes_from_it() -> None:
     method = prepared(cues="learned")
-    momentum = cast(Decoder, method.momentum_decoder)
+    momentum = cast(TokenDecoder, method.momentum_decoder)
     before = copy.deepcopy(momentum)
     with torch.no_grad():
         for p in method.decoder.parameters():
@@ -298,9 +302,9 @@ def test_scores() -> None:
     values = torch.arange(400.0).reshape(2, 10, 20)
     valid = torch.ones(2, 10, 20, dtype=torch.bool)
     valid[1, 5:] = False  # values 200..299 are valid
-    assert picture_score(values, valid, "max").tolist() == [199, 299]
-    assert picture_score(values, valid, "top1%").tolist() == [198.5, 299]
-    assert picture_score(values, valid, "mean").tolist() == [99.5, 249.5]
+    assert score_of_map(values, valid, "max").tolist() == [199, 299]
+    assert score_of_map(values, valid, "top1%").tolist() == [198.5, 299]
+    assert score_of_map(values, valid, "mean").tolist() == [99.5, 249.5]
 
 
 def test_noise_units() -> None:

@@ -15,6 +15,10 @@ Align: TypeAlias = Literal["corners", "mean"]
 aligned, "mean" averages whole cells going down and is bilinear with half-pixel centres going up."""
 
 
+MapScore: TypeAlias = Literal["max", "top1%", "mean"]
+"""A map's largest value, the mean of its largest hundredth, or its mean."""
+
+
 def valid_on_grid(features: Tensor, valid: Tensor) -> Tensor:
     """Which tokens of features (..., h, w) hold a valid pixel: (B, 1, H, W) bool -> (B, h, w) bool."""
     return valid_tokens(valid, (features.shape[-2], features.shape[-1]))
@@ -51,3 +55,16 @@ def pooled_maximum(anomaly_map: Tensor, valid: Tensor, side: tuple[int, int]) ->
     mean = F.avg_pool2d(anomaly_map[:, None], side, stride=1)
     share = F.avg_pool2d(valid.to(anomaly_map.dtype), side, stride=1)
     return (mean / share.clamp_min(0.5)).flatten(1).amax(dim=1)
+
+
+def score_of_map(anomaly_map: Tensor, valid: Tensor, kind: MapScore) -> Tensor:
+    """The score (B,) of a map (B, H, W) over its valid pixels (B, H, W)."""
+    values = anomaly_map.masked_fill(~valid, 0).flatten(1)
+    if kind == "max":
+        return values.amax(dim=1)
+    number = valid.flatten(1).sum(dim=1)
+    if kind == "mean":
+        return values.sum(dim=1) / number.clamp_min(1)
+    count = torch.ceil(number / 100).long().clamp_min(1)
+    ordered = values.sort(dim=1, descending=True).values.cumsum(dim=1)
+    return ordered.gather(1, count[:, None] - 1)[:, 0] / count

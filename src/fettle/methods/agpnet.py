@@ -22,9 +22,8 @@ from fettle.errors import ConfigError, DataError
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.pixel_map import pixel_map
-from fettle.layers.positions import wave_positions
-from fettle.layers.token_grid import aligned_to, valid_on_grid
-from fettle.layers.vit_block import ViTBlock, draw_weights, seen_by_all
+from fettle.layers.token_decoder import TokenDecoder
+from fettle.layers.token_grid import MapScore, aligned_to, score_of_map, valid_on_grid
 from fettle.perturb.attention import (
     AttentionGuide,
     Guidance,
@@ -110,7 +109,7 @@ class AGPNetConfig(GuideConfig, TrainingConfig):
     augment: Turns = "none"
     loss: Literal["mse", "cosine"] = "mse"
     smooth_sigma: float = Field(default=4.0, ge=0, le=100)
-    score: Literal["max", "top1%", "mean"] = "max"
+    score: MapScore = "max"
     infer_with: Literal["decoder", "momentum"] = "decoder"
 
     @model_validator(mode="after")
@@ -125,66 +124,6 @@ class AGPNetConfig(GuideConfig, TrainingConfig):
     def disturbs_pictures(self) -> bool:
         """Whether any step disturbs pictures."""
         return self.noise != "none" and self.levels != "feature"
-
-
-class Decoder(nn.Module):
-    """From tokens to tokens, a plain transformer with full attention (section 7).
-
-    Args:
-        channels: of the features. grid: (H, W), tokens; (0, 0) while it is not known yet.
-    """
-
-    def __init__(self, channels: int, grid: tuple[int, int], config: AGPNetConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.project_in = nn.Linear(channels, width) if channels != width else nn.Identity()
-        learned = config.positions == "learned"
-        self.positions = nn.Parameter(torch.zeros(*grid, width)) if learned else None
-        self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=_EPS) if config.out_norm else nn.Identity()
-        self.project_out = nn.Linear(width, channels)
-
-    def forward(self, tokens: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Rebuild features: tokens (B, N, C) row by row, valid (B, N) bool -> (B, N, C)."""
-        x = self._placed(tokens, grid)
-        mask = seen_by_all(valid)
-        for block in self.blocks:
-            x = block(x, mask)
-        rebuilt: Tensor = self.project_out(self.norm(x))
-        return rebuilt
-
-    @torch.no_grad()
-    def looked_at(self, tokens: Tensor, valid: Tensor, grid: tuple[int, int], layers: str) -> Tensor:
-        """How much each token is looked at by "all" blocks or the "last", (B, N) (equation 4)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            x = self._placed(tokens.float(), grid)
-            mask = seen_by_all(valid)
-            received = []
-            for number, block in enumerate(self.blocks, start=1):
-                if layers == "all" or number == len(self.blocks):
-                    received.append(cast(ViTBlock, block).received(x, valid))
-                if number < len(self.blocks):
-                    x = block(x, mask)
-            return torch.stack(received).mean(dim=0)
-
-    def _placed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        x: Tensor = self.project_in(tokens)
-        if self.positions is None:
-            return x + wave_positions(grid, x.shape[-1], x.device)
-        known = tuple(self.positions.shape[:2])
-        if grid != known:
-            raise ConfigError(
-                f"Method 'agpnet' was fitted on a grid of {list(known)}, not {list(grid)}.",
-                "Use the model's frame, or fit with --set positions=waves.",
-            )
-        return x + self.positions.flatten(0, 1)
-
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights anew, on the CPU."""
-        draw_weights(self, generator)
-        if self.positions is not None:
-            nn.init.trunc_normal_(self.positions, std=0.02, generator=generator)
 
 
 class AGPNet(nn.Module):
@@ -234,7 +173,7 @@ class AGPNet(nn.Module):
             raise ConfigError(f"Taps of {sizes} channels cannot be summed.", "Use fuse=concat.")
         self.channels = sizes[0] if self.sums else sum(sizes)
         self.cue = config.prior_stat or backbone.cues[0]
-        self.decoder = Decoder(self.channels, (0, 0), config)
+        self.decoder = self._new_decoder((0, 0))
         self.momentum_decoder = frozen_copy(self.decoder) if config.momentum else None
         self.guide = AttentionGuide(config)
         self.scale = EnergyScale()
@@ -242,6 +181,18 @@ class AGPNet(nn.Module):
         self._baseline = 0.0
         self._num_views = 0
         self._last_learned: Tensor | None = None
+
+    def _new_decoder(self, grid: tuple[int, int]) -> TokenDecoder:
+        config = self.config
+        return TokenDecoder(
+            self.channels,
+            grid,
+            width=config.width,
+            heads=config.heads,
+            depth=config.depth,
+            learned_positions=config.positions == "learned",
+            out_norm=config.out_norm,
+        )
 
     @staticmethod
     def choose_levels(offered: Sequence[Level], config: AGPNetConfig) -> tuple[str, ...]:
@@ -307,7 +258,7 @@ class AGPNet(nn.Module):
         ones = torch.ones(self.channels, device=seen.sums.device)
         self._baseline = seen.spread(ones) if several else 0.0  # one picture is its own mean
         device = self.scale.median.device
-        self.decoder = Decoder(self.channels, seen.grid, self.config)
+        self.decoder = self._new_decoder(seen.grid)
         self.decoder.initialise(run.generator("agpnet/weights"))
         self.decoder.to(device).train(self.training)
         self.guide.begin(seen.grid[0] * seen.grid[1])
@@ -449,7 +400,7 @@ class AGPNet(nn.Module):
         height, width = pictures.shape[-2:]
         sigma = self.config.smooth_sigma * min(height, width) / _MAP_SIDE
         anomaly_map = pixel_map(self._error(pictures, valid), valid, sigma)
-        return Maps(anomaly_map, picture_score(anomaly_map, valid[:, 0], self.config.score))
+        return Maps(anomaly_map, score_of_map(anomaly_map, valid[:, 0], self.config.score))
 
     def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """(B, h, w): the error of rebuilding on the stored scale."""
@@ -518,16 +469,3 @@ def _grid(features: Tensor) -> tuple[int, int]:
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of that shape, drawn on the CPU so that a seed means the same everywhere."""
     return torch.randn(like.shape, generator=generator).to(like)
-
-
-def picture_score(anomaly_map: Tensor, valid: Tensor, kind: Literal["max", "top1%", "mean"]) -> Tensor:
-    """The score (B,) of a map (B, H, W) over its valid pixels (B, H, W)."""
-    values = anomaly_map.masked_fill(~valid, 0).flatten(1)
-    if kind == "max":
-        return values.amax(dim=1)
-    number = valid.flatten(1).sum(dim=1)
-    if kind == "mean":
-        return values.sum(dim=1) / number.clamp_min(1)
-    count = torch.ceil(number / 100).long().clamp_min(1)
-    ordered = values.sort(dim=1, descending=True).values.cumsum(dim=1)
-    return ordered.gather(1, count[:, None] - 1)[:, 0] / count
