@@ -86,6 +86,10 @@ def test_folds_keep_their_states_apart(tmp_path: Path) -> None:
     }
 
 
-def test_one_picture_is_too_few(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"needs at least 2 good pictures, not 1\."):
-        fit(write_good(tmp_path / "good", 1))
+def test_one_picture_is_learnt_from_and_nothing_is_judged(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 1)
+    detector = fit(good)
+    assert (detector.num_fit, detector.calibration.mode, detector.calibration.num_scores) == (1, "none", 0)
+    assert detector.card["fit"]["normalised_loss"] is None
+    with pytest.raises(DataError, match=r"'holdout' needs at least 2 good pictures, not 1\."):
+        fit(good, calibration="holdout")

@@ -286,8 +286,13 @@ def test_facts_say_what_was_done() -> None:
 
 
 def test_a_model_that_has_learnt_only_the_mean_is_named() -> None:
-    assert "little more than the mean picture" in fitted(Run(), steps=5, lr=1e-6)[1].warnings[0]
-    assert fitted(Run(), steps=300)[1].warnings == []
+    def warnings(num_views: int, **settings: float) -> list[str]:
+        method = ToyMethod(toy_config(**settings))
+        return train_toy(method, Run(), pictures=ToyPictures(num_views)).warnings
+
+    assert "little more than the mean picture" in warnings(20, steps=5, lr=1e-6)[0]
+    assert warnings(19, steps=5, lr=1e-6) == []  # so few fit their mean too well
+    assert warnings(20, steps=300) == []
 
 
 def test_pictures_without_variation_have_no_normalised_loss() -> None:

@@ -27,7 +27,7 @@ from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_fr
 from fettle.judging import CalibrationMode, Calibrations, Fitter, calibrate_judged
 from fettle.methods.registry import find_method, make_config
 from fettle.protocols import Json, Method, Progress, Run
-from fettle.training import process_device
+from fettle.training import TrainingConfig, process_device
 
 
 class FitRequest(BaseModel):
@@ -43,6 +43,8 @@ class FitRequest(BaseModel):
         settings: fields of the method's configuration to change.
         target_frr: share of good parts that may be rejected. strict: fail where it cannot be promised.
         calibration: how good pictures are judged by a model that does not know them, see `judging`.
+        shots: learn from so many good pictures alone (of each product), chosen by content and seed, see
+            `datasets.few_shot`; None: from all.
         memory_mib: bound on what the fit holds besides the network.
         multi_class: one model for many products, which the data set names; thresholds for each and shared.
         products: of these only; empty for all.
@@ -69,6 +71,7 @@ class FitRequest(BaseModel):
     target_frr: float = Field(default=0.01, gt=0, lt=1)
     strict: bool = False
     calibration: CalibrationMode = "auto"
+    shots: int | None = Field(default=None, ge=1)
     memory_mib: int = Field(default=512, ge=32)
     device: str = "cpu"
     multi_class: bool = False
@@ -139,14 +142,18 @@ def fit_parts(
     """Fit and calibrate. See `FitRequest`.
 
     Raises:
-        DataError: no good picture that can be read.
+        DataError: no good picture that can be read, or fewer than the shots asked for.
     """
     method_class = find_method(request.method)
-    config = make_config(method_class, request.preset, request.settings)
+    config = make_config(method_class, request.preset, _settings(request, method_class))
     preset = method_class.presets[request.preset]
     _check_request(request, method_class)
+    if request.shots is not None:
+        _check_few_shot(request, method_class, config)
     run = request.run(progress, say)
     good = gather_good(dataset, request.group, progress, by_product=request.multi_class)
+    if request.shots is not None:
+        good = good.few(request.shots, request.seed)
     name = request.backbone or (None if request.weights else preset.backbone)
     levels = _levels(method_class, config, name, request.weights)
     backbone = backbones.load_backbone(name, levels, weights=request.weights)
@@ -175,7 +182,9 @@ def fit_parts(
 
     fitter = Fitter(new_method, frame, run)
     needed = needed_pictures(min(5 * request.target_frr, 0.2))
-    judged = fitter.fit(good.pictures, request.calibration, holdout=needed)
+    judged = fitter.fit(
+        good.pictures, request.calibration, holdout=needed, learn_all=request.shots is not None
+    )
     method = judged.method
     if judged.energies is not None:
         method.settle(judged.energies)
@@ -199,6 +208,7 @@ def fit_parts(
             "source": dataset.root.name,
             "layout": dataset.layout,
             "pictures": judged.num_fit,
+            "shots": request.shots,
             "sha256": hashlib.sha256("".join(sorted(good.sizes)).encode()).hexdigest(),
             "group_column": good.column,
             "duplicates_left_out": good.num_duplicates,
@@ -225,6 +235,33 @@ def _check_request(request: FitRequest, method_class: type[Method]) -> None:
     if request.calibration == "cross":
         raise UsageError(
             "Cross calibration keeps a model a fold and is for one product.", "Use --calibration kfold."
+        )
+
+
+def _settings(request: FitRequest, method_class: type[Method]) -> dict[str, object]:
+    """Fields to change in the preset: those that a few-shot fit changes, and the user's own, which win."""
+    few_shot = getattr(method_class.Config, "few_shot", None)  # a configuration may have it
+    if request.shots is None or few_shot is None:
+        return request.settings
+    return {**few_shot(request.preset), **request.settings}
+
+
+def _check_few_shot(request: FitRequest, method_class: type[Method], config: BaseModel) -> None:
+    """Refuse what would keep some of the few pictures from being learnt, or ask too much of them."""
+    if request.calibration not in ("auto", "leave_one_out"):
+        raise UsageError(
+            f"Calibration '{request.calibration}' is not for a few-shot fit, which learns from each picture.",
+            "Leave --calibration out; later, run 'fettle calibrate MODEL MORE_GOOD_PICTURES'.",
+        )
+    if isinstance(config, TrainingConfig) and config.early_stop:
+        raise UsageError(
+            "early_stop keeps pictures from being learnt, and a few-shot fit learns from each.",
+            "Leave early_stop or --shots out.",
+        )
+    if request.strict and not method_class.traits.leave_one_out:
+        raise UsageError(
+            f"A few-shot fit of method '{request.method}' judges no good picture and promises nothing.",
+            "Leave --strict or --shots out.",
         )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 
+from fettle.datasets.few_shot import few_shot_order
 from fettle.datasets.records import Dataset
 from fettle.datasets.splits import group_column, groups
 from fettle.errors import DataError, PictureError
 from fettle.feature_stream import GoodPicture
-from fettle.images.decode import picture_size
+from fettle.images.decode import picture_size, read_picture
 from fettle.inspection import Refusal
 from fettle.protocols import Progress
 
@@ -23,6 +26,51 @@ class GatheredPictures:
     column: str | None
     num_duplicates: int
     refused: list[Refusal]
+
+    def few(self, shots: int, seed: int) -> GatheredPictures:
+        """The same with `shots` pictures of each product alone, the first readable ones in their order.
+
+        Raises:
+            DataError: a product has fewer.
+        """
+        by_product: dict[str, dict[str, GoodPicture]] = {}
+        for picture in self.pictures:
+            by_product.setdefault(picture.product, {})[picture.key] = picture
+        refused = [*self.refused]
+        chosen: set[str] = set()
+        for product, own in sorted(by_product.items()):
+            _check_enough(shots, len(own), product)
+            ordered = (own[key] for key in few_shot_order(list(own), seed))
+            first = list(islice(_readable(ordered, refused), shots))
+            _check_enough(shots, len(first), product)
+            chosen |= {picture.key for picture in first}
+        return replace(
+            self,
+            pictures=[picture for picture in self.pictures if picture.key in chosen],
+            sizes={key: size for key, size in self.sizes.items() if key in chosen},
+            refused=refused,
+        )
+
+
+def _readable(pictures: Iterable[GoodPicture], refused: list[Refusal]) -> Iterator[GoodPicture]:
+    """Those that can be decoded; the others join `refused`."""
+    for picture in pictures:
+        try:
+            read_picture(picture.path)
+        except PictureError as error:
+            refused.append(Refusal(str(picture.path), str(error)))
+        else:
+            yield picture
+
+
+def _check_enough(shots: int, number: int, product: str) -> None:
+    if shots > number:
+        whose = f" of product '{product}'" if product else ""
+        remedy = f"Use --shots {number} or fewer, or give more" if number else "Give"
+        raise DataError(
+            f"{shots} shots are asked for, but there are only {number} distinct good pictures{whose}.",
+            f"{remedy} good pictures.",
+        )
 
 
 def gather_good(

@@ -1,11 +1,12 @@
 """Fit a method and learn what good pictures score under a model that does not know them.
 
-Four ways, the raw material of calibration (base-methods 8.3):
+Ways, the raw material of calibration (base-methods 8.3):
 
 - leave_one_out: the method leaves each picture (or group) out by itself, cheaply; the model learns from all.
 - holdout: a share is held out of learning and judged by the final model; the promise is exact.
 - kfold: models without each fold judge it; the final model learns from all.
 - cross: as kfold, and the folds' models are kept and judge every new picture.
+- none: all are learnt from and none is judged, where a method can't leave one out and none may be held out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ _LEAST_HELD_OUT = 0.2
 _MOST_HELD_OUT = 0.5
 _EARLY_STOP_SHARE = 0.1  # of the pictures that may be learnt from
 _MAX_ENERGIES = 1_000_000
+_RAW_ENERGIES = "No good picture could be judged without itself, so patch energies keep their raw scale."
+_LEARNT_ENERGIES = (
+    "The scale of patch energies comes from the pictures that were learnt from, since no other was kept: "
+    "those of new good pictures lie above it."
+)
 
 
 @dataclass
@@ -90,7 +96,7 @@ class FittedMethod(Judged):
 
 
 class Fitter:
-    """Fits methods of one kind on good pictures, in any of the four ways.
+    """Fits methods of one kind on good pictures, in any of these ways.
 
     Args:
         new_method: makes an unfitted method; methods may share their backbone.
@@ -109,22 +115,34 @@ class Fitter:
         """Pictures that could not be read, each once."""
         return list(self._refused.values())
 
-    def fit(self, pictures: Sequence[GoodPicture], mode: CalibrationMode, *, holdout: int) -> FittedMethod:
+    def fit(
+        self,
+        pictures: Sequence[GoodPicture],
+        mode: CalibrationMode,
+        *,
+        holdout: int,
+        learn_all: bool = False,
+    ) -> FittedMethod:
         """Fit and judge.
 
         Args:
+            mode: auto leaves one out where the method can, and else holds out.
             holdout: pictures (or groups) that a hold-out should have at least; it takes a fifth, at most
                 half.
+            learn_all: auto holds none out, nor does it where there is one group alone: it then judges none.
 
         Raises:
             UsageError: leave_one_out of a method that cannot leave pictures out.
+            DataError: one group alone, which the mode would have to divide.
         """
         num_groups = len({picture.group for picture in pictures})
         leaves_out = self._new_method().traits.leave_one_out
+        if mode == "auto" and not leaves_out and (learn_all or num_groups < 2):
+            return self._judge_none(pictures)
         if num_groups < 2 and not leaves_out:
             raise DataError(
-                f"Method '{self._new_method().name}' needs at least 2 good pictures, not {num_groups}.",
-                "Give more, of different groups, or use --method patchcore, which works from one.",
+                f"Calibration '{mode}' needs at least 2 good pictures, not {num_groups}.",
+                "Give more, of different groups, or leave --calibration out.",
             )
         if mode == "auto":
             mode = "leave_one_out" if leaves_out else "holdout"
@@ -137,18 +155,24 @@ class Fitter:
     def _leave_one_out(self, pictures: Sequence[GoodPicture]) -> FittedMethod:
         method = self._new_method()
         if not isinstance(method, LeavesOut):
-            raise UsageError(
-                f"Method '{method.name}' cannot leave pictures out.", "Use --calibration holdout."
-            )
+            raise UsageError(f"Method '{method.name}' cannot leave pictures out.", "Leave --calibration out.")
         stream = self._stream(method, pictures)
         record = method.prepare(stream, self._run)
         stream.what = "calibrating"
         judged = gather_judged(method.left_out(stream, self._run), len(pictures))
         self._note(stream.refusals)
+        mode: Mode = "leave_one_out" if judged.scores else "none"
+        if mode == "none":
+            record.warnings.append(_RAW_ENERGIES)
         num_fit = len(pictures) - len(stream.refusals)
-        return FittedMethod(
-            **vars(judged), method=method, mode="leave_one_out", record=record, num_fit=num_fit
-        )
+        return FittedMethod(**vars(judged), method=method, mode=mode, record=record, num_fit=num_fit)
+
+    def _judge_none(self, pictures: Sequence[GoodPicture]) -> FittedMethod:
+        """Learn from all. Their energies give the scale; their scores say nothing and are left."""
+        method, record, num_fit = self._learn(pictures)
+        energies = self._judge(method, pictures).energies
+        record.warnings.append(_LEARNT_ENERGIES)
+        return FittedMethod(energies=energies, method=method, mode="none", record=record, num_fit=num_fit)
 
     def _hold_out(self, pictures: Sequence[GoodPicture], least: int) -> FittedMethod:
         def share(groups: int, number: int) -> float:
@@ -309,6 +333,8 @@ def calibrate_judged(
         )
 
     by_product: dict[str, list[int]] = {}
+    if mode == "none":  # nothing was judged, and yet the model knows its products
+        by_product = {product: [] for product in product_of.values()}
     for i, key in enumerate(judged.keys):
         if key in product_of:
             by_product.setdefault(product_of[key], []).append(i)

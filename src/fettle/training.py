@@ -45,6 +45,7 @@ __all__ = [
 KEEP_EVERY_SECONDS = 60.0
 _LOOK_SHARE = 0.02  # of the steps between two looks at held-out pictures
 _NOT_LEARNT = 0.9  # normalised loss
+_MEAN_MEANS = 20  # views: the mean of fewer fits them so well that it is no measure
 _BOARD_POINTS = 1000
 
 
@@ -187,7 +188,7 @@ class _Loop:
         }
         if best is not None:
             record.facts["best_step"] = best.step
-        if learnt.normalised > _NOT_LEARNT:
+        if learnt.normalised > _NOT_LEARNT and self.pictures.num_views >= _MEAN_MEANS:
             record.warnings.append(
                 f"The training's normalised loss is {learnt.normalised:.2f}: the model has learnt little "
                 f"more than the mean picture. Raise steps (there were {state.step})."

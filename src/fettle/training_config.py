@@ -46,6 +46,11 @@ class TrainingConfig(BaseModel):
     balance: Literal["none", "sqrt", "equal"] = "none"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
+    @staticmethod
+    def few_shot(preset: str) -> dict[str, object]:
+        """What a few-shot fit changes: steps replace epochs, and every picture is learnt from."""
+        return {"steps": 1000 if preset == "paper" else 300, "epochs": None, "batch": 8, "early_stop": 0.0}
+
 
 def planned_steps(config: TrainingConfig, num_views: int, processes: int = 1) -> int:
     """Steps of a training: `steps`, or what `epochs` passes over the views take."""

@@ -19,6 +19,7 @@ from fettle.backbones import registry
 FIT_KEYS = {
     "model",
     "method",
+    "shots",
     "num_fit",
     "num_calibration",
     "frr_promised",
@@ -140,7 +141,7 @@ def test_calibrate_keeps_what_was_learnt(model: Path, tmp_path: Path) -> None:
     fresh = write_good(tmp_path / "fresh", 20, first_seed=500)
     answer = fettle("calibrate", model, fresh, "-o", tmp_path / "model2", "--target-frr", "0.1", "--json")
     assert answer.code == 0
-    assert set(answer.json) == FIT_KEYS - {"num_fit"}
+    assert set(answer.json) == FIT_KEYS - {"num_fit", "shots"}
     assert (answer.json["num_calibration"], answer.json["promise_on"]) == (20, "reject")
     old, new = (json.loads((p / "manifest.json").read_text()) for p in (model, tmp_path / "model2"))
     assert old["files"] == new["files"]
@@ -291,6 +292,7 @@ def test_python_m_fettle_is_the_same_command() -> None:
         [sys.executable, "-m", "fettle", "methods", "--json"], capture_output=True, text=True, check=True
     )
     assert [method["name"] for method in json.loads(answer.stdout)] == [
+        "agpnet",
         "fpfnet",
         "padim",
         "patchcore",

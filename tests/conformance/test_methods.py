@@ -51,7 +51,6 @@ WHOLE: dict[str, dict[str, object]] = {
     "patchcore": {"bank_rows": 4000},
 }
 LEAVING_OUT = [name for name in method_names() if find_method(name).traits.leave_one_out]
-FROM_ONE = [name for name in method_names() if find_method(name).traits.few_shot]
 each_method = pytest.mark.parametrize("name", method_names())
 
 
@@ -439,7 +438,7 @@ def test_copies_of_a_good_picture_count_once(name: str, tmp_path: Path) -> None:
     assert copied.card["data"]["duplicates_left_out"] == 5  # type: ignore[index,call-overload]  # JSON
 
 
-@pytest.mark.parametrize("name", FROM_ONE)
+@each_method
 def test_one_good_picture_fits_and_promises_nothing(name: str, tmp_path: Path) -> None:
     detector = fit(name, write_good(tmp_path / "good", 1))
     assert detector.num_fit == 1
@@ -450,9 +449,3 @@ def test_one_good_picture_fits_and_promises_nothing(name: str, tmp_path: Path) -
     Image.fromarray(scratched(900)).save(tmp_path / "bad.png")
     answers = list(detector.inspect([tmp_path / "good" / "000.png", tmp_path / "bad.png"]))
     assert [answer.verdict for answer in answers if isinstance(answer, Inspection)] == [Verdict.REVIEW] * 2
-
-
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in FROM_ONE])
-def test_one_good_picture_is_refused_in_a_clear_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FettleError, match=r"needs at least 2 good pictures, not 1\."):
-        fit(name, write_good(tmp_path / "good", 1))

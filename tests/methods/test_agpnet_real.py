@@ -33,9 +33,8 @@ def views_of(root: Path, name: str, side: int) -> Tensor:
 def masks(views: Tensor, backbone: str, floor: float) -> Tensor:
     """Prior masks (B, h, w)."""
     config = AGPNetConfig(cues="prior", contrast_floor=floor)
-    levels = (
-        [f"block{i}" for i in (3, 6, 9, 12)] if "vit" in backbone else [f"stride{i}" for i in (8, 16, 32)]
-    )
+    strides = [f"stride{i}" for i in (8, 16, 32)]
+    levels = [f"block{i}" for i in (3, 6, 9, 12)] if "vit" in backbone else strides
     loaded = load_backbone(backbone, levels)
     method = AGPNet(loaded, config, levels)
     valid = torch.ones(len(views), 1, *views.shape[-2:], dtype=torch.bool)

@@ -405,9 +405,21 @@ def test_left_out_distance_that_is_lost_in_rounding_is_refused() -> None:
 # --- few pictures
 
 
-def test_one_picture_is_refused() -> None:
-    with pytest.raises(DataError, match=r"at least 2 good pictures, not 1.*--method patchcore"):
-        fitted(features(1))
+def test_one_picture_gives_the_plain_distance_to_it() -> None:
+    """No covariance: the diagonal alone is left, and with 0.01 the distance is ten times the plain one."""
+    both = features(2)
+    method = padim()
+    (warning,) = method.prepare(stream_of({name: level[:1] for name, level in both.items()}), Run()).warnings
+    assert "1 picture: there is no covariance" in warning
+    assert not list(method.left_out(stream_of({name: level[:1] for name, level in both.items()}), Run()))
+    first, second = method._rows(both).unbind(dim=1)  # (P, d) each
+    apart = (method._dense_whitening() @ (second - first)[..., None]).norm(dim=(1, 2))
+    torch.testing.assert_close(apart, 10 * (second - first).norm(dim=1), rtol=1e-3, atol=1e-5)
+
+
+def test_no_picture_is_refused() -> None:
+    with pytest.raises(DataError, match="no good picture to learn from"):
+        fitted({name: level[:0] for name, level in features(1).items()})
 
 
 def test_few_pictures_are_warned_of() -> None:

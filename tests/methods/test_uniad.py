@@ -514,10 +514,16 @@ def test_same_seed_draws_the_same_weights() -> None:
     assert not torch.equal(first.head.project_in.weight, other.head.project_in.weight)
 
 
-def test_too_few_pictures_are_refused() -> None:
-    method = unfitted()
-    with pytest.raises(DataError, match=r"needs at least 2 good pictures, not 1\."):
-        method.prepare(stream_of(method, good_pictures(1)), Run())
+def test_one_picture_has_no_mean_to_compare_with() -> None:
+    one, two = unfitted(), unfitted()
+    assert one.prepare(stream_of(one, good_pictures(1)), Run()).facts["mean_feature_mse"] == 0
+    facts = two.prepare(stream_of(two, good_pictures(2)), Run()).facts
+    assert isinstance(facts["mean_feature_mse"], float) and facts["mean_feature_mse"] > 1e-6
+
+
+def test_no_picture_is_refused() -> None:
+    with pytest.raises(DataError, match="no good picture to learn from"):
+        unfitted().prepare([], Run())  # type: ignore[arg-type]  # an empty stream
 
 
 def test_features_that_are_nan_are_refused() -> None:

@@ -21,7 +21,7 @@ from fettle.errors import CalibrationError, UsageError
 from fettle.inspection import Verdict
 from fettle.metrics.rates import Rate, measured_rate
 
-Mode: TypeAlias = Literal["leave_one_out", "holdout", "kfold", "cross"]
+Mode: TypeAlias = Literal["leave_one_out", "holdout", "kfold", "cross", "none"]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 _MODE_SENTENCE: dict[Mode, str] = {
@@ -40,7 +40,7 @@ class Calibration(BaseModel):
     Attributes:
         mode: how the scores were made: `leave_one_out` and `kfold` by models that did not know the picture
             (the final model knows all), `holdout` by the final model itself, `cross` with all folds'
-            models kept.
+            models kept; `none`: every good picture was learnt from and none was judged.
         num_pictures: calibration pictures.
         num_groups: groups of pictures that belong together, if given; the promise counts them.
         num_scores: n that the promise counts: groups if given, else pictures.
@@ -89,6 +89,8 @@ class Calibration(BaseModel):
     def _hangs_together(self) -> Self:
         if self.num_scores != len(self.scores) or list(self.scores) != sorted(self.scores):
             raise ValueError("scores must be num_scores numbers in ascending order")
+        if self.mode == "none" and self.scores:
+            raise ValueError("mode none has no scores")
         if self.alpha_review < self.alpha_reject:
             raise ValueError("alpha_review is below alpha_reject")
         if (self.promise_on is None) != (self.frr_promised is None):
@@ -169,8 +171,15 @@ class Calibration(BaseModel):
         """What is promised and what is not, in plain words, for a card or a report."""
         count = f"{self.num_scores} good {'pictures' if self.num_groups is None else 'groups of pictures'}"
         said = []
+        review = needed_pictures(self.alpha_review, self.confidence)
+        if self.mode == "none":
+            return [
+                "No promise is made and every verdict is review: all good pictures were learnt from and none "
+                "was left to judge. Run 'fettle calibrate MODEL MORE_GOOD_PICTURES': a limit of "
+                f"{_percent(self.alpha_review)} on good parts that leave ok needs {review} of them, one of "
+                f"{_percent(self.alpha_reject)} on rejected good parts needs {self.needed}."
+            ]
         if self.promise_on is None:
-            review = needed_pictures(self.alpha_review, self.confidence)
             said.append(
                 f"No promise is made and every verdict is review: {count} are too few. A limit of "
                 f"{_percent(self.alpha_review)} on good parts that leave ok needs {review}."

@@ -46,6 +46,10 @@ def fit(
     group: Annotated[
         str | None, typer.Option(help="Manifest column of pictures that belong together.")
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Few-shot: learn from so many good pictures alone, of each product."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="field=value of the method; repeatable.")
@@ -98,6 +102,7 @@ def fit(
             roi=parse_roi(roi),
             roi_mask=roi_mask,
             group=group,
+            shots=shots,
             seed=seed,
             settings=parse_settings(set_ or []),
             target_frr=target_frr,
@@ -129,6 +134,7 @@ def fit(
             {
                 "model": str(out),
                 "method": method,
+                "shots": shots,
                 "num_fit": detector.num_fit,
                 "num_calibration": promised.num_scores,
                 "frr_promised": promised.frr_promised,

@@ -146,20 +146,18 @@ class Padim(nn.Module):
 
         Raises:
             ConfigError: fewer channels than asked for, or a regulariser that is too small for the numbers.
-            DataError: fewer than two pictures, or features that are NaN or infinite.
+            DataError: no picture, or features that are NaN or infinite.
         """
         self._choose_channels(run)
         count = self._measure(good)
         dims = self.config.channels
-        if count < 2:
-            raise DataError(
-                f"PaDiM needs at least 2 good pictures, not {count}.",
-                "Give more, or use --method patchcore, which works from one.",
-            )
+        if not count:
+            raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
         if not bool(torch.isfinite(self.mean).all()):
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
         self._num_fitted = count
-        self._diagonal = self._diagonal_of(self._squares / ((count - 1) * self.mean.numel()))
+        freedom = max(count - 1, 1)  # one picture has no squares: its covariance is the diagonal alone
+        self._diagonal = self._diagonal_of(self._squares / (freedom * self.mean.numel()))
         self._blocks = _blocks(len(self.mean), 4 * dims * dims, run.memory_mib)
         rows, columns = torch.tril_indices(dims, dims)
         self.whitening = torch.empty(len(self.mean), len(rows), dtype=torch.float16, device=self.mean.device)
@@ -167,14 +165,19 @@ class Padim(nn.Module):
             self._scatter = self._scatter_of(block, good)
             for part in _parts(block):
                 inside = slice(part.start - block.start, part.stop - block.start)
-                root = _inverse_root(self._diagonal, self._scatter[inside] / (count - 1))
+                root = _inverse_root(self._diagonal, self._scatter[inside] / freedom)
                 self.whitening[part] = root[:, rows, columns].half()
                 run.progress("whitening", part.stop, len(self.mean))
         if not bool(torch.isfinite(self.whitening).all()):  # entries reach 1 / sqrt(regulariser)
             raise _too_small("the whitening exceeds half precision, in which it is stored")
         self._dense = None
         warnings = []
-        if count < _FEW:
+        if count == 1:
+            warnings.append(
+                "PaDiM learnt from 1 picture: there is no covariance, and its distance is the plain one to "
+                "this picture's features at the same position."
+            )
+        elif count < _FEW:
             warnings.append(
                 f"PaDiM learnt from {count} pictures only: with fewer pictures than channels ({dims}), "
                 "its distance is ruled by directions never seen."
@@ -197,6 +200,9 @@ class Padim(nn.Module):
         """
         sizes = _group_sizes(good)
         fitting = sorted({size for size in sizes.values() if self._num_fitted - size >= 2})
+        if not fitting:
+            self._scatter = torch.empty(0)
+            return
         diagonals = {
             group: diagonal
             for size in fitting

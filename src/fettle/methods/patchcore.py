@@ -68,6 +68,11 @@ class PatchCoreConfig(BaseModel):
     score: Literal["map_max", "patch_max"] = "map_max"
     sigma: float = Field(default=4.0, ge=0, le=100)
 
+    @staticmethod
+    def few_shot(preset: str) -> dict[str, object]:
+        """What a few-shot fit changes: below 10,000 patches all are kept."""
+        return {"bank_rows": 10_000, "bank_ratio": None}
+
 
 class PatchCore(nn.Module):
     """Memory bank of good patches. See the module's text."""

@@ -45,7 +45,6 @@ Fusion: TypeAlias = Literal["none", "encoder", "encoder_input", "decoder", "enco
 _GRID_STRIDE = 16  # framed px a token, where the backbone is a pyramid
 _STEM = 64  # a stride-2 level of so many channels is a network's stem, not a stage
 _Side = Annotated[int, Field(ge=1, le=1024)]
-_FEWEST = 2  # pictures
 
 
 def _square(value: object) -> object:
@@ -377,7 +376,7 @@ class Uniad(nn.Module):
         """Walk once: the levels' sizes, what predicting the mean costs, and the grid; then draw the weights.
 
         Raises:
-            DataError: fewer than two pictures, or features that are NaN or infinite.
+            DataError: no picture, or features that are NaN or infinite.
             ConfigError: the window is too large for the grid.
         """
         seen = FeatureStatistics()
@@ -389,16 +388,14 @@ class Uniad(nn.Module):
                 self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
             allowed = neighbour_mask(seen.grid, self.config.window, tokens.device)
             lonely += int((sees_nobody(allowed, valid.flatten(1)) & valid.flatten(1)).sum())
-        if seen.num_pictures < _FEWEST:
-            raise DataError(
-                f"Method '{self.name}' needs at least {_FEWEST} good pictures, not {seen.num_pictures}.",
-                "Give more, or use --method patchcore, which works from one.",
-            )
+        if not seen.num_pictures:
+            raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
         if not seen.finite:
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
         if self.config.level_scaling == "rms":
             self.channel_scale = seen.level_scale(self._sizes).to(self.channel_scale)
-        self._baseline = seen.spread(self.channel_scale)
+        several = seen.num_pictures > 1  # one picture is its own mean
+        self._baseline = seen.spread(self.channel_scale) if several else 0.0
         device = self.channel_scale.device
         self.head = Reconstruction(sum(self._sizes), seen.grid, self.config)
         self.head.initialise(run.generator("uniad/weights"))

@@ -63,11 +63,11 @@ class GuideConfig(BaseModel):
     momentum: float = Field(default=0.999, ge=0, lt=1)
     contrast_floor: float = Field(default=1.0, ge=0, le=100)
     alpha_start: float = Field(default=0.0, ge=0, le=100)
-    alpha_end: float = Field(default=0.5, ge=0, le=100)
+    alpha_end: float = Field(default=1.0, ge=0, le=100)
     alpha_schedule: Literal["linear", "constant", "reversed"] = "linear"
     alpha_constant: float | None = Field(default=None, ge=0, le=100)
     ramp: float = Field(default=1.0, gt=0, le=1)
-    beta: float = Field(default=0.1, ge=0, le=100)
+    beta: float = Field(default=0.2, ge=0, le=100)
 
     @property
     def takes_prior(self) -> bool:
