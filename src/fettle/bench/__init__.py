@@ -1,6 +1,20 @@
-"""Grids of fits and evaluations: one record a cell, and tables from the records."""
+"""Grids of fits and evaluations: a record a cell, tables from the records, and what studies measure besides.
 
-from fettle.bench.grid import Cell, run_cell, run_cells
-from fettle.bench.records import read_records, spread, write_record
+`pasted` makes defects whose place is known, `copying` asks whether a method rebuilds them, `noise_scale` how
+strong training noise should be, and `cost` what inspection takes.
+"""
 
-__all__ = ["Cell", "read_records", "run_cell", "run_cells", "spread", "write_record"]
+from fettle.bench.grid import After, Cell, run_cell, run_cells
+from fettle.bench.records import Difference, paired_difference, read_records, spread, write_record
+
+__all__ = [
+    "After",
+    "Cell",
+    "Difference",
+    "paired_difference",
+    "read_records",
+    "run_cell",
+    "run_cells",
+    "spread",
+    "write_record",
+]

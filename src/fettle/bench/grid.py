@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from fettle.bench.records import record_path, write_record
 from fettle.datasets.records import Dataset
 from fettle.detector import Detector
 from fettle.protocols import Json, Progress, no_progress, no_words
+
+After: TypeAlias = "Callable[[Detector, Dataset], dict[str, Json] | None]"
+"""after(detector, dataset): more facts for a cell's record, or None."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ def run_cells(
     open_data: Callable[[str], Dataset],
     folder: Path,
     *,
+    after: After | None = None,
     say: Callable[[str], None] = no_words,
     progress: Progress = no_progress,
 ) -> None:
@@ -41,13 +45,14 @@ def run_cells(
 
     Args:
         open_data: opens a cell's data set by its name.
+        after: looks at each fitted detector once more; what it finds goes into the record.
         say: hears what is begun and what is done.
     """
     for cell in cells:
         if record_path(folder, cell.name).exists():
             continue
         say(f"{cell.name}: begins.")
-        record = run_cell(cell, open_data(cell.data), say=say, progress=progress)
+        record = run_cell(cell, open_data(cell.data), after=after, say=say, progress=progress)
         write_record(folder, cell.name, record)
         say(f"{cell.name}: done in {cast(float, record['seconds']):.0f} s.")
 
@@ -56,18 +61,21 @@ def run_cell(
     cell: Cell,
     dataset: Dataset,
     *,
+    after: After | None = None,
     say: Callable[[str], None] = no_words,
     progress: Progress = no_progress,
 ) -> dict[str, Json]:
     """Fit on the good training part and evaluate on the test part: the record of one cell.
 
     Its keys: cell, config, backbone, weights, frame, num_fit, num_calibration, fit (its facts), warnings,
-    seconds_fit, seconds, result (see `Detector.evaluate`).
+    seconds_fit, seconds, result (see `Detector.evaluate`), and extra where `after` found something.
     """
     start = time.perf_counter()
     detector = Detector.fit(dataset, say=say, progress=progress, **cell.fit)
     seconds_fit = time.perf_counter() - start
     result = detector.evaluate(dataset, progress=progress)
+    seconds = time.perf_counter() - start
+    extra = after(detector, dataset) if after else None
     spec = detector.method.backbone.spec
     return {
         "cell": cast("dict[str, Json]", asdict(cell)),
@@ -81,6 +89,7 @@ def run_cell(
         "warnings": cast("list[Json]", detector.warnings()),
         "versions": detector.card["versions"],
         "seconds_fit": round(seconds_fit, 1),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(seconds, 1),
         "result": result,
+        **({"extra": extra} if extra else {}),
     }

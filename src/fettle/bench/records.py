@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -56,3 +57,41 @@ def spread(values: Sequence[float | None]) -> str:
     if len(known) < 2 or max(known) - min(known) < _SAME:
         return f"{mean(known):.3f}"
     return f"{mean(known):.3f} ± {stdev(known):.3f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms of a study, seed by seed; more is better.
+
+    Attributes:
+        mean: over the seeds. deviation: standard deviation over them, None for one seed.
+    """
+
+    mean: float
+    deviation: float | None
+
+    @property
+    def exceeds(self) -> bool | None:
+        """Whether the mean is larger than its deviation over seeds; None for one seed."""
+        return None if self.deviation is None else abs(self.mean) > max(self.deviation, _SAME)
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return f"{self.mean:+.3f} (one seed)"
+        verdict = ("better" if self.mean > 0 else "worse") if self.exceeds else "within the spread"
+        return f"{self.mean:+.3f} ± {self.deviation:.3f}, {verdict}"
+
+
+def paired_difference(
+    own: Mapping[int, float | None], reference: Mapping[int, float | None]
+) -> Difference | None:
+    """Own value less the reference's for each seed that both have; None where there is no such seed.
+
+    Args:
+        own, reference: values by seed.
+    """
+    pairs = [(own[seed], reference[seed]) for seed in sorted(own.keys() & reference.keys())]
+    known = [one - other for one, other in pairs if one is not None and other is not None]
+    if not known:
+        return None
+    return Difference(mean(known), stdev(known) if len(known) > 1 else None)
