@@ -24,9 +24,9 @@ from fettle.inspecting import Inspected, Inspector
 from fettle.inspection import Inspection, Refusal
 from fettle.judging import calibrate_judged, gather_judged, judge
 from fettle.labelled_run import LabelledRun
-from fettle.methods.registry import find_method
+from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
-from fettle.protocols import BackboneSpec, Json, Level, Method, Progress, no_progress, no_words
+from fettle.protocols import BackboneSpec, Explains, Json, Level, Method, Progress, no_progress, no_words
 
 __all__ = ["Detector", "Inspected"]
 
@@ -150,6 +150,20 @@ class Detector:
             raise UsageError(f"The model has no product '{product}'.", nearest_name(product, known))
         return self.product_calibrations[product]
 
+    def explainer(self) -> Explains:
+        """The method, as one that shows its inner view.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        if not isinstance(self.method, Explains):
+            able = [name for name in method_names() if hasattr(find_method(name), "explain")]
+            raise UsageError(
+                f"The method '{self.method.name}' cannot explain what it sees.",
+                f"Leave the explanation out, or fit a method that can: {', '.join(able)}.",
+            )
+        return self.method
+
     def inspect(
         self, paths: Iterable[Path | str], *, product: str = "", batch_size: int = 8
     ) -> Iterator[Inspection | Refusal]:
@@ -166,13 +180,21 @@ class Detector:
         product: str = "",
         batch_size: int = 8,
         rules: RegionRules | None = None,
+        explain: bool = False,
     ) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
         """As `inspect`, with the item and the decoded picture beside each answer.
 
         Decoding runs ahead in threads while the network computes. Answers come in the order of `items`.
+
+        Args:
+            explain: with the method's inner view beside each answer, for one more pass of the network; of a
+                picture in tiles, that of the tile with the highest score.
+
+        Raises:
+            UsageError: an unknown product, or a method that cannot explain.
         """
         self.calibration_of(product)  # a wrong name is refused now
-        return self._inspector(path_of, lambda item: product, batch_size, rules).inspect(items)
+        return self._inspector(path_of, lambda item: product, batch_size, rules, explain).inspect(items)
 
     def _inspector(
         self,
@@ -180,6 +202,7 @@ class Detector:
         product_of: Callable[[Item], str],
         batch_size: int = 8,
         rules: RegionRules | None = None,
+        explain: bool = False,
     ) -> Inspector[Item]:
         return Inspector(
             methods=(self.method, *self.fold_methods),
@@ -190,6 +213,7 @@ class Detector:
             calibration_of=self.calibration_of,
             batch_size=batch_size,
             rules=rules or RegionRules(),
+            explainer=self.explainer() if explain else None,
         )
 
     def evaluate(
@@ -200,6 +224,7 @@ class Detector:
         progress: Progress = no_progress,
         each: Callable[[Inspected[Record], NDArray[np.bool_] | None], None] | None = None,
         refused: Callable[[Record, Refusal], None] | None = None,
+        explain: bool = False,
     ) -> dict[str, Json]:
         """Metrics on the test part of a labelled data set (keys: metrics.md section 7).
 
@@ -210,6 +235,7 @@ class Detector:
             product: evaluate this product's pictures only.
             each: called with every answer and its mask, e.g. to write them down.
             refused: called with every record that could not be used.
+            explain: `each` gets the method's inner view too, as from `inspect_items`.
         """
         dataset = labelled if isinstance(labelled, Dataset) else self.open_labelled(Path(labelled), product)
         records = [r for r in dataset.for_testing() if not product or r.product == product]
@@ -225,7 +251,7 @@ class Detector:
             (lambda record: record.product) if self.product_calibrations else (lambda record: product)
         )
         run = LabelledRun(
-            self._inspector(lambda record: record.path, product_of),
+            self._inspector(lambda record: record.path, product_of, explain=explain),
             frozenset(cast("list[str]", self.card.get("picture_keys", []))),
             progress,
             each,
@@ -399,7 +425,11 @@ def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> 
             setattr(module, last, tensor)
             continue
         parameter = getattr(module, last)
-        if parameter.numel() == 0 and parameter.ndim == tensor.ndim and parameter.shape[-1] == tensor.shape[-1]:
+        if (
+            parameter.numel() == 0
+            and parameter.ndim == tensor.ndim
+            and parameter.shape[-1] == tensor.shape[-1]
+        ):
             # of a grid that was not known yet
             parameter.data = tensor.to(parameter.dtype)
         elif parameter.shape == tensor.shape:

@@ -13,22 +13,26 @@ import torch
 from numpy.typing import NDArray
 
 from fettle.calibration import Calibration, RegionRules, find_regions
-from fettle.images.framing import Frame
+from fettle.images.framing import Frame, Placed
 from fettle.images.loading import Loaded, load_framed
 from fettle.images.picture import Picture
-from fettle.inspection import Inspection, Refusal, Region
-from fettle.protocols import Method
+from fettle.inspection import Explained, Inspection, Refusal, Region
+from fettle.protocols import Explains, Method
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Inspected(Generic[Item]):
-    """The answer for one item, with the decoded picture that it is about."""
+    """The answer for one item, with the decoded picture that it is about.
+
+    `explained` is there where an explanation was asked for.
+    """
 
     item: Item
     picture: Picture
     inspection: Inspection
+    explained: Explained | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Inspector(Generic[Item]):
         calibration_of: the thresholds of a product.
         batch_size: views that go through the network together.
         rules: which regions are reported.
+        explainer: shows the method's inner view of each picture; None: it is not asked for.
     """
 
     methods: Sequence[Method]
@@ -52,6 +57,7 @@ class Inspector(Generic[Item]):
     calibration_of: Callable[[str], Calibration]
     batch_size: int
     rules: RegionRules
+    explainer: Explains | None = None
 
     def inspect(self, items: Iterable[Item]) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
         """Answers in the order of `items`. Decoding runs ahead in threads while the network computes."""
@@ -108,6 +114,20 @@ class Inspector(Generic[Item]):
         regions: tuple[Region, ...] = ()
         if threshold is not None:
             regions = find_regions(own_map, valid, threshold, **asdict(self.rules))
+        times = {
+            "decode": loaded.seconds,
+            "compute": seconds * len(maps),
+            "regions": time.perf_counter() - start,
+        }
+        notes = loaded.picture.notes + loaded.placed.notes
+        explained = None
+        if self.explainer is not None:
+            start = time.perf_counter()
+            number = int(scores.argmax())
+            explained = self._explain(self.explainer, loaded.placed, number)
+            times["explain"] = time.perf_counter() - start
+            if len(maps) > 1:
+                notes += (f"explained: tile {number + 1} of {len(maps)}, which has the highest score",)
         inspection = Inspection(
             path=str(path),
             score=score,
@@ -115,16 +135,27 @@ class Inspector(Generic[Item]):
             regions=regions,
             anomaly_map=own_map,
             valid=valid,
-            seconds={
-                "decode": loaded.seconds,
-                "compute": seconds * len(maps),
-                "regions": time.perf_counter() - start,
-            },
+            seconds=times,
             product=product,
             sha256=loaded.picture.sha256,
-            notes=loaded.picture.notes + loaded.placed.notes,
+            notes=notes,
         )
-        return Inspected(loaded.item, loaded.picture, inspection)
+        return Inspected(loaded.item, loaded.picture, inspection, explained)
+
+    @torch.no_grad()
+    def _explain(self, explainer: Explains, placed: Placed, number: int) -> Explained:
+        """The inner view of one view of a picture, alone: batch mates then change nothing in it."""
+        view, valid = placed.views[number], placed.valid[number]
+        found = explainer.explain(
+            torch.from_numpy(view[None]).to(self.device), torch.from_numpy(valid[None]).to(self.device)
+        )
+        return Explained(
+            view=np.rint(view.transpose(1, 2, 0) * 255).astype(np.uint8),
+            valid=valid[0],
+            maps={name: values[0].float().cpu().numpy() for name, values in found.maps.items()},
+            numbers=found.numbers,
+            words=found.words,
+        )
 
     @torch.inference_mode()
     def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -51,7 +52,7 @@ class Inspection:
         regions: defect regions, largest peak first.
         anomaly_map: float32 (H, W) at the picture's own size; 0 outside `valid`.
         valid: bool (H, W), False outside the region of interest or the frame's view.
-        seconds: time by step ("decode", "compute", "regions"), per picture.
+        seconds: time by step ("decode", "compute", "regions"; "explain" where asked for), per picture.
         product: the product, when known.
         sha256: hash of the picture file's bytes, hexadecimal.
         notes: what was done on the way that a user should know (how it was decoded, shrunk, ...).
@@ -67,6 +68,25 @@ class Inspection:
     product: str = ""
     sha256: str = ""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A method's inner view of one picture, in the frame that the network saw.
+
+    Attributes:
+        view: uint8 (H, W, 3), the framed picture.
+        valid: bool (H, W), False on padding and outside the region of interest.
+        maps: float32 (H, W) by name, in 0..1; "error" is on the anomaly map's own scale.
+        numbers: shown beside the maps.
+        words: one sentence on what the maps are and are not.
+    """
+
+    view: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+    maps: Mapping[str, NDArray[np.float32]]
+    numbers: Mapping[str, object]
+    words: str
 
 
 @dataclass(frozen=True)

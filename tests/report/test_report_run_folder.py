@@ -89,7 +89,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [row.path for row in read_rows(tmp_path)] == ["a.png"]
 
 
-@pytest.mark.parametrize("field", ["panel", "overlay"])
+@pytest.mark.parametrize("field", ["panel", "overlay", "explanation"])
 def test_a_row_that_points_out_of_the_folder_is_refused(tmp_path: Path, field: str) -> None:
     with writer(tmp_path) as run:
         run.add(inspection(), GREY)

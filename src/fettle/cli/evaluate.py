@@ -44,13 +44,19 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Also write rows and pictures here.")
     ] = None,
     product: Annotated[str, typer.Option(help="Evaluate this product's pictures only.")] = "",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="With -o: also draw what the method sees, if it can show it."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Metrics on labelled pictures that the model has not learnt from."""
     from fettle.detector import Detector
 
+    if explain and out is None:
+        raise UsageError("--explain draws into a run folder, and there is none.", "Name one with -o.")
     with Screen() as screen:
-        result = evaluate_into(Detector.load(model), labelled, out, product, screen)
+        result = evaluate_into(Detector.load(model), labelled, out, product, screen, explain=explain)
     if as_json:
         print_json(result)
     elif "per_product" in result:
@@ -62,12 +68,18 @@ def evaluate(
 
 
 def evaluate_into(
-    detector: Detector, labelled: Path | Dataset, out: Path | None, product: str, screen: Screen
+    detector: Detector,
+    labelled: Path | Dataset,
+    out: Path | None,
+    product: str,
+    screen: Screen,
+    *,
+    explain: bool = False,
 ) -> dict[str, Json]:
     """Evaluate, and write a run folder where `out` is given; one for each product of a model of many.
 
     Raises:
-        UsageError: the data set has no test picture of that product.
+        UsageError: the data set has no test picture of that product; `explain`, and the method cannot.
     """
     from fettle.report.products import product_folders, write_products
 
@@ -81,7 +93,7 @@ def evaluate_into(
     not_kept = 0
     with ExitStack() as stack:
         runs = {
-            name: stack.enter_context(open_run(detector, folder, product=name))
+            name: stack.enter_context(open_run(detector, folder, product=name, explain=explain))
             for name, folder in folders.items()
         }
 
@@ -92,9 +104,7 @@ def evaluate_into(
             nonlocal not_kept
             run = run_of(answer.item)
             if run is not None:
-                truth = answer.item.defect
-                kept = add_or_refuse(run, screen, answer.inspection, answer.picture, truth=truth, mask=mask)
-                not_kept += not kept
+                not_kept += not add_or_refuse(run, screen, answer, truth=answer.item.defect, mask=mask)
 
         def refused(record: Record, refusal: Refusal) -> None:
             screen.say(f"Refused: {refusal.reason}")
@@ -103,7 +113,7 @@ def evaluate_into(
                 run.refuse(refusal, truth=record.defect)
 
         result = detector.evaluate(
-            dataset, product=product, progress=screen.progress, each=each, refused=refused
+            dataset, product=product, progress=screen.progress, each=each, refused=refused, explain=explain
         )
         result["num_refused"] = cast(int, result["num_refused"]) + not_kept
         own = cast("dict[str, dict[str, Json]]", result["per_product"] if several else {product: result})

@@ -21,6 +21,9 @@ def inspect(
         str, typer.Option(help="The product's name: kept in each row, and choosing its thresholds.")
     ] = "",
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write full-size overlays.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also draw what the method sees, if it can show it.")
+    ] = False,
     mm_per_pixel: Annotated[float | None, typer.Option(help="Scale, for areas and lengths in mm.")] = None,
     min_area: Annotated[int, typer.Option(min=1, help="Smaller regions are left out, px.")] = 1,
     as_json: AsJson = False,
@@ -34,18 +37,23 @@ def inspect(
     detector = Detector.load(model)
     share = RunningShare(detector.calibration_of(product))
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
-    with Screen() as screen, open_run(detector, out, product=product, overlays=overlays) as run:
+    with (
+        Screen() as screen,
+        open_run(detector, out, product=product, overlays=overlays, explain=explain) as run,
+    ):
 
         def note(sentence: str | None) -> None:
             if sentence is not None:
                 screen.say(f"Note: {sentence}")
 
         pictures = leave_out_own(pictures, out, screen)
-        answers = detector.inspect_items(pictures, lambda path: path, product=product, rules=rules)
+        answers = detector.inspect_items(
+            pictures, lambda path: path, product=product, rules=rules, explain=explain
+        )
         for done, answer in enumerate(answers, 1):
             screen.progress("inspecting", done, len(pictures))
             if isinstance(answer, Inspected):
-                add_or_refuse(run, screen, answer.inspection, answer.picture)
+                add_or_refuse(run, screen, answer)
                 note(share.update(answer.inspection.verdict))
             else:
                 run.refuse(answer[1])

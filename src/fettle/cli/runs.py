@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fettle.errors import PictureError, UsageError
 
@@ -13,25 +13,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fettle.cli.console import Screen
-    from fettle.detector import Detector
-    from fettle.images.picture import Picture
-    from fettle.inspection import Inspection
+    from fettle.detector import Detector, Inspected
     from fettle.report.run_folder import RunWriter
+
+Item = TypeVar("Item")
 
 _MOST_NAMED = 20
 
 
-def open_run(detector: Detector, out: Path, *, product: str = "", overlays: bool = False) -> RunWriter:
+def open_run(
+    detector: Detector, out: Path, *, product: str = "", overlays: bool = False, explain: bool = False
+) -> RunWriter:
     """A writer for the run folder `out`, with the model's card and the product's thresholds.
 
     Raises:
-        UsageError: `out` is a file, cannot be written, or holds a model.
+        UsageError: `out` is a file, cannot be written, or holds a model; or `explain`, and the method cannot.
+            A former run is still there then.
     """
     from fettle.model_folder import MANIFEST
     from fettle.report.run_folder import RunWriter, Thresholds
 
     if (out / MANIFEST).exists():
         raise UsageError(f"'{out}' holds a model.", "Name another folder for the rows with -o.")
+    if explain:
+        detector.explainer()
     calibration = detector.calibration_of(product)
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
     return RunWriter(out, card=detector.describe(product), thresholds=thresholds, overlays=overlays)
@@ -40,8 +45,7 @@ def open_run(detector: Detector, out: Path, *, product: str = "", overlays: bool
 def add_or_refuse(
     run: RunWriter,
     screen: Screen,
-    inspection: Inspection,
-    picture: Picture,
+    answer: Inspected[Item],
     *,
     truth: str | None = None,
     mask: NDArray[np.bool_] | None = None,
@@ -54,17 +58,17 @@ def add_or_refuse(
     from fettle.inspection import Refusal
 
     try:
-        run.add(inspection, picture.pixels, truth=truth, mask=mask)
+        run.add(answer.inspection, answer.picture.pixels, truth=truth, mask=mask, explained=answer.explained)
     except PictureError as error:
         screen.say(f"Refused: {error}")
-        run.refuse(Refusal(inspection.path, str(error)), truth=truth)
+        run.refuse(Refusal(answer.inspection.path, str(error)), truth=truth)
         return False
     return True
 
 
 def leave_out_own(pictures: Sequence[Path], out: Path, screen: Screen) -> list[Path]:
     """The pictures without those that a former run has drawn into OUT, which lies among them."""
-    drawn = {out.absolute() / "panels", out.absolute() / "overlays"}
+    drawn = {out.absolute() / name for name in ("panels", "overlays", "explanations")}
     rest = [path for path in pictures if path.absolute().parent not in drawn]
     if len(rest) < len(pictures):
         screen.say(f"Note: {len(pictures) - len(rest)} pictures in {out} are a former run's, and left out.")

@@ -16,6 +16,7 @@ from fettle.errors import FettleError
 from fettle.inspection import Verdict
 from fettle.protocols import Json
 from fettle.report import plots, tables
+from fettle.report.explanations import explanation_caption
 from fettle.report.overlays import CONTOUR_COLOUR, MASK_COLOUR, heat_caption, heat_ramp, scale_is_fixed
 from fettle.report.rows import Row, printable, read_rows
 from fettle.report.run_folder import read_run
@@ -44,6 +45,8 @@ class Card:
     strip: str | None
     strip_size: tuple[int, int]
     link: str | None
+    explanation: str | None
+    explanation_size: tuple[int, int]
 
 
 @dataclass
@@ -98,9 +101,9 @@ class _Digest:
 
 
 def write_report(out: Path) -> Path:
-    """Write OUT/report.html from OUT/run.json, OUT/inspections.jsonl and OUT/panels.
+    """Write OUT/report.html from OUT/run.json, OUT/inspections.jsonl and the pictures in OUT.
 
-    The page holds its style and script, asks nothing of any network and refers to the panels by relative
+    The page holds its style and script, asks nothing of any network and refers to pictures by relative
     path. It shows at most 500 pictures, those with the highest scores.
 
     Returns:
@@ -181,6 +184,7 @@ def _context(
         "refusals": [(printable(row.path), printable(row.refusal or "")) for row in digest.refusals],
         "model_card": {**card, "thresholds": dict(thresholds)},
         "heat": _heat_legend(cuts["pixel"]),
+        "explanation": _explanation(_mapping(run.get("explanation")), cuts["pixel"]),
     }
 
 
@@ -228,7 +232,7 @@ def _cards(out: Path, best: _Best) -> list[Card]:
 
 def _card(out: Path, row: Row) -> Card:
     path = printable(row.path)
-    size = _strip_size(out, row.panel)
+    size, explanation_size = (_picture_size(out, name) for name in (row.panel, row.explanation))
     overlay = row.overlay if row.overlay and (out / row.overlay).is_file() else None
     strip = row.panel if size else None
     return Card(
@@ -242,18 +246,20 @@ def _card(out: Path, row: Row) -> Card:
         strip=strip,
         strip_size=size or (0, 0),
         link=overlay or strip,
+        explanation=row.explanation if explanation_size else None,
+        explanation_size=explanation_size or (0, 0),
     )
 
 
-def _strip_size(out: Path, panel: str | None) -> tuple[int, int] | None:
-    """(width, height) of a panel from its header; None where a killed run left none."""
+def _picture_size(out: Path, name: str | None) -> tuple[int, int] | None:
+    """(width, height) of a picture file from its header; None where a killed run left none."""
     from PIL import Image
 
-    if panel is None:
+    if name is None:
         return None
     try:
-        with Image.open(out / panel) as strip:
-            return strip.size
+        with Image.open(out / name) as picture:
+            return picture.size
     except OSError:
         return None
 
@@ -269,19 +275,38 @@ def _regions_words(row: Row) -> str:
 
 
 def _heat_legend(pixel_threshold: float | None) -> dict[str, object]:
-    ramp = heat_ramp()[np.linspace(0, 255, 17).round().astype(int)]
-    stops = ", ".join(_css(colour) for colour in ramp)
     if scale_is_fixed(pixel_threshold):
         ticks = ("0", f"{pixel_threshold:.3g}", f"≥ {2 * pixel_threshold:.3g}")
     else:
         ticks = ("0", "", "maximum")
     return {
         "caption": heat_caption(pixel_threshold),
-        "gradient": f"linear-gradient(90deg, {stops})",
+        "gradient": _gradient(),
         "ticks": ticks,
         "contour": _css(CONTOUR_COLOUR) if pixel_threshold is not None else "",
         "mask": _css(MASK_COLOUR),
     }
+
+
+def _explanation(kept: Mapping[str, Json], pixel_threshold: float | None) -> dict[str, object] | None:
+    """What the run keeps of its explanations, in words; None where there are none."""
+    if not kept:
+        return None
+    names = kept.get("maps")
+    maps = [printable(str(name)) for name in names] if isinstance(names, list) else []
+    return {
+        "caption": explanation_caption(maps, pixel_threshold),
+        "gradient": _gradient(),
+        "maps": ", ".join(maps),
+        "numbers": _mapping(kept.get("numbers")),
+        "words": printable(str(kept.get("words") or "")),
+    }
+
+
+def _gradient() -> str:
+    """The heat ramp from left to right, in CSS."""
+    ramp = heat_ramp()[np.linspace(0, 255, 17).round().astype(int)]
+    return f"linear-gradient(90deg, {', '.join(_css(colour) for colour in ramp)})"
 
 
 def _css(colour: tuple[int, int, int] | np.ndarray) -> str:

@@ -18,7 +18,7 @@ from fettle.errors import DataError
 from fettle.inspection import Inspection, Refusal, Region, Verdict
 
 JSONL = "inspections.jsonl"
-_PICTURE_FILE = re.compile(r"(panels|overlays)/[0-9]{6,}_[A-Za-z0-9._-]+\.(jpg|png)")
+_PICTURE_FILE = re.compile(r"(panels|overlays|explanations)/[0-9]{6,}_[A-Za-z0-9._-]+\.(jpg|png)")
 _BLOCK = 4096
 _LARGEST = ("area_px", "length_px", "area_mm2", "length_mm")
 
@@ -32,7 +32,7 @@ class Row:
         path: as it was given.
         verdict, score: None for a refused picture; `refusal` then says why.
         truth: "good" or the defect's name where the picture is labelled.
-        panel, overlay: picture files inside the run folder, relative; None where there is none.
+        panel, overlay, explanation: picture files inside the run folder, relative; None where there is none.
     """
 
     number: int
@@ -48,6 +48,12 @@ class Row:
     notes: tuple[str, ...] = ()
     panel: str | None = None
     overlay: str | None = None
+    explanation: str | None = None
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The picture files that it names."""
+        return tuple(name for name in (self.panel, self.overlay, self.explanation) if name is not None)
 
     @property
     def largest(self) -> Region | None:
@@ -73,15 +79,20 @@ class Row:
             Verdict(row.verdict)
         if (row.verdict is None) == (row.refusal is None) or (row.verdict is None) != (row.score is None):
             raise ValueError("a row has a score and a verdict, or a refusal")
-        for name in (row.panel, row.overlay):
+        for name in row.pictures:
             # The report links to these: a name that leads out of the folder is never followed.
-            if name is not None and not _PICTURE_FILE.fullmatch(name):
+            if not _PICTURE_FILE.fullmatch(name):
                 raise ValueError(f"'{name}' is no picture of this folder")
         return row
 
 
 def inspected_row(
-    number: int, inspection: Inspection, truth: str | None, panel: str, overlay: str | None
+    number: int,
+    inspection: Inspection,
+    truth: str | None,
+    panel: str,
+    overlay: str | None,
+    explanation: str | None,
 ) -> Row:
     """The row of a picture that was inspected."""
     return Row(
@@ -97,6 +108,7 @@ def inspected_row(
         notes=inspection.notes,
         panel=panel,
         overlay=overlay,
+        explanation=explanation,
     )
 
 
@@ -209,5 +221,5 @@ def _cells(row: Row, steps: Sequence[str]) -> dict[str, object]:
     for step in steps:
         cells[f"seconds_{step}"] = row.seconds.get(step)
     cells |= {"sha256": row.sha256, "notes": [printable(note) for note in row.notes]}
-    cells |= {"panel": row.panel, "overlay": row.overlay}
+    cells |= {"panel": row.panel, "overlay": row.overlay, "explanation": row.explanation}
     return cells

@@ -1,11 +1,12 @@
 """RunWriter: the run folder of `fettle inspect -o OUT` and `fettle evaluate -o OUT`.
 
-OUT/run.json              card, thresholds, counts, metrics, whether the run came to its end
+OUT/run.json              card, thresholds, counts, metrics, what explanations show, whether it ended well
 OUT/inspections.jsonl     one row a picture, written as it comes
 OUT/inspections.csv       the same rows, made at the end
 OUT/inspections.parquet   the same rows, made at the end
 OUT/panels/*.jpg          picture, heat map and contours side by side
 OUT/overlays/*.png        heat and contours at the picture's own size, where asked for
+OUT/explanations/*.jpg    the method's inner view of the framed picture, where asked for
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from numpy.typing import NDArray
 
 from fettle import __version__
 from fettle.errors import DataError, FettleError, PictureError, UsageError
-from fettle.inspection import Inspection, Refusal, Verdict
+from fettle.inspection import Explained, Inspection, Refusal, Verdict
 from fettle.protocols import Json
+from fettle.report.explanations import draw_explanation
 from fettle.report.overlays import Pixels, draw_overlay, draw_panel
 from fettle.report.rows import (
     JSONL,
@@ -74,7 +76,7 @@ class RunSummary:
 class RunWriter:
     """Writes a run folder while the run goes on; rows come first, pictures follow in the background.
 
-    A folder that already holds a run gets the new run in its place: the former rows, panels and overlays
+    A folder that already holds a run gets the new run in its place: the former rows and their pictures
     are removed, other files are left alone. As a context manager it finishes the folder whatever ends the
     block; an exception or Ctrl-C leaves `complete: false` in run.json and every row that was added. Call
     it from one thread.
@@ -100,7 +102,8 @@ class RunWriter:
         self._steps: dict[str, None] = {}
         self._started = datetime.now(UTC)
         self._summary: RunSummary | None = None
-        self._failed: list[tuple[str, Exception]] = []
+        self._failed: list[tuple[int, str, Exception]] = []  # with the picture's number
+        self._explanation: dict[str, object] | None = None
         with _writing(out):
             _clear_former_run(out)
             (out / "panels").mkdir(parents=True, exist_ok=True)
@@ -118,30 +121,38 @@ class RunWriter:
         *,
         truth: str | None = None,
         mask: NDArray[np.bool_] | None = None,
+        explained: Explained | None = None,
     ) -> None:
-        """Write the row of one picture at once and its panel in the background.
+        """Write the row of one picture at once and its pictures in the background.
 
         Args:
             inspection: the answer; its map is (H, W).
             pixels: the picture, uint8 or uint16 (H, W, 3).
             truth: "good" or the defect's name, where the picture is labelled.
             mask: the labelled defect, bool (H, W), outlined in the panel.
+            explained: the method's inner view, drawn as OUT/explanations/NAME.jpg. Its numbers and words are
+                kept once, in run.json: those of the first picture.
 
         Raises:
             PictureError: the score or a region's peak is not finite, or picture, map and mask differ in
                 size. Nothing is written then; the run may go on.
+            UsageError: the numbers of an explanation hold something that JSON can't, like NaN.
         """
         _check_sizes(inspection, pixels, mask)
         self._number += 1
         name = _safe_name(self._number, inspection.path)
         panel = f"panels/{name}.jpg"
         overlay = f"overlays/{name}.png" if self._overlays else None
+        explanation = f"explanations/{name}.jpg" if explained is not None else None
+        if explained is not None and self._explanation is None:
+            self._begin_explanations(explained)
         self._steps |= dict.fromkeys(inspection.seconds)
-        self._append(inspected_row(self._number, inspection, truth, panel, overlay))
+        self._append(inspected_row(self._number, inspection, truth, panel, overlay, explanation))
         self._counts[inspection.verdict.value] += 1
         self._places.acquire()
-        future = self._pool.submit(self._draw, inspection, pixels, mask, panel, overlay)
-        future.add_done_callback(lambda done: self._drawn(inspection.path, done))
+        future = self._pool.submit(self._draw, inspection, pixels, mask, explained, name)
+        number = self._number
+        future.add_done_callback(lambda done: self._drawn(number, inspection.path, done))
 
     def refuse(self, refusal: Refusal, *, truth: str | None = None) -> None:
         """Write the row of a picture that could not be inspected."""
@@ -193,7 +204,7 @@ class RunWriter:
             write_parquet(self.out, list(self._steps))
             self._write_run_json(complete=complete and not self._failed, metrics=metrics)
         if self._failed:
-            path, first = self._failed[0]
+            _, path, first = min(self._failed, key=lambda failed: failed[0])
             raise FettleError(
                 f"{len(self._failed)} pictures of the report could not be drawn or written, the first for "
                 f"'{printable(path)}' ({type(first).__name__}: {first}); all rows are in '{self.out}'.",
@@ -206,25 +217,37 @@ class RunWriter:
             self._lines.write(row.to_line() + "\n")
             self._lines.flush()
 
+    def _begin_explanations(self, first: Explained) -> None:
+        """Their folder, and in run.json what is the same for all of them."""
+        self._explanation = {"maps": list(first.maps), "numbers": dict(first.numbers), "words": first.words}
+        with _writing(self.out):
+            (self.out / "explanations").mkdir(exist_ok=True)
+            self._write_run_json(complete=False, metrics=None)
+
     def _draw(
         self,
         inspection: Inspection,
         pixels: Pixels,
         mask: NDArray[np.bool_] | None,
-        panel: str,
-        overlay: str | None,
+        explained: Explained | None,
+        name: str,
     ) -> None:
         from PIL import Image
 
         shown = (pixels, inspection.anomaly_map, self._thresholds.pixel, inspection.valid, mask)
-        Image.fromarray(draw_panel(*shown)).save(self.out / panel, quality=85)
-        if overlay is not None:
-            Image.fromarray(draw_overlay(*shown)).save(self.out / overlay, compress_level=3)
+        panel = Image.fromarray(draw_panel(*shown))
+        panel.save(self.out / f"panels/{name}.jpg", quality=85)
+        if self._overlays:
+            overlay = Image.fromarray(draw_overlay(*shown))
+            overlay.save(self.out / f"overlays/{name}.png", compress_level=3)
+        if explained is not None:
+            explanation = Image.fromarray(draw_explanation(explained, self._thresholds.pixel))
+            explanation.save(self.out / f"explanations/{name}.jpg", quality=85)
 
-    def _drawn(self, path: str, done: Future[None]) -> None:
+    def _drawn(self, number: int, path: str, done: Future[None]) -> None:
         error = done.exception()
         if isinstance(error, Exception):
-            self._failed.append((path, error))
+            self._failed.append((number, path, error))
         self._places.release()
 
     def _write_run_json(self, *, complete: bool, metrics: dict[str, Json] | None) -> None:
@@ -240,12 +263,13 @@ class RunWriter:
             "thresholds": asdict(self._thresholds),
             "card": self._card,
             "metrics": metrics,
+            "explanation": self._explanation,
         }
         try:
             text = json.dumps(run, allow_nan=False, indent=1)
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"The run's card, thresholds or metrics can't be kept as JSON ({error}).",
+                f"The run's card, metrics or explanation can't be kept as JSON ({error}).",
                 "Use None where a figure is not defined.",
             ) from error
         partial = self.out / f"{RUN_JSON}.partial"
@@ -309,9 +333,8 @@ def _clear_former_run(out: Path) -> None:
     # A run that was killed early has no rows; a damaged line ends the clean-up, what it named stays.
     with suppress(DataError, FileNotFoundError):
         for row in read_rows(out):
-            for name in (row.panel, row.overlay):
-                if name is not None:
-                    (out / name).unlink(missing_ok=True)
+            for name in row.pictures:
+                (out / name).unlink(missing_ok=True)
     for name in _MADE_AT_THE_END:
         (out / name).unlink(missing_ok=True)
 
