@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from conftest import TINY_LEVELS, textured, write_good
 from fettle.backbones import load_backbone
+from fettle.backbones.registry import find_entry
+from fettle.bench.cost import multiply_adds
 from fettle.detector import Detector, _learnt, _load_learnt
 from fettle.errors import ConfigError
 from fettle.layers.feature_statistics import FeatureStatistics
@@ -443,3 +445,27 @@ def test_weight_decay_is_for_linear_layers_alone() -> None:
     linear = {id(m.weight) for m in method.decoder.modules() if isinstance(m, nn.Linear)}
     assert decayed == linear
     assert sum(len(group["params"]) for group in groups) == len(list(method.decoder.parameters()))
+
+
+def test_paper_preset_at_full_size() -> None:
+    preset = AGPNet.presets["paper"]
+    entry = find_entry(str(preset.backbone))
+    levels = AGPNet.choose_levels(entry.levels, preset.config)
+    backbone = load_backbone(preset.backbone, levels, weights="random")
+    method = AGPNet(backbone, preset.config, levels)
+    views = torch.rand(2, 3, preset.size, preset.size, generator=drawn())
+    with torch.no_grad():
+        record = method.prepare(Stream(method, views), Run())
+    assert record.facts["parameters"] == 7_344_000
+    assert (record.facts["cue"], record.facts["grid"], record.facts["channels"]) == ("cls", [16, 16], 384)
+    value, gradients = loss_and_gradients(method.train(), batch_of(method, views), Step(500, 1000))
+    assert 0 < value < 100 and len(gradients) == len(list(method.decoder.parameters()))
+    method.after_step(Step(500, 1000))
+    method.eval()
+    with torch.no_grad():
+        assert bool(method(views, all_valid(views)).anomaly_map.isfinite().all())
+        one = views[:1]
+        of_backbone = multiply_adds(lambda: backbone(one, levels))
+        of_all = multiply_adds(lambda: method(one, all_valid(one)))
+    assert of_backbone == pytest.approx(6.14e9, rel=0.001)  # attention's share is 0.61
+    assert of_all == pytest.approx(8.19e9, rel=0.001)
