@@ -120,10 +120,10 @@ def test_vits_whose_positions_are_not_added_once_are_refused_by_class(name: str,
         load_backbone(name, ["block1"], weights="random")
 
 
-def test_window_attention_is_refused_by_class() -> None:
+def test_window_attention_is_refused() -> None:
     backbone = load_backbone("swin_tiny_patch4_window7_224", ["stride4"], weights="random")
     assert isinstance(backbone, ConvPyramid)
-    with pytest.raises(UsageError, match="does not give channels first"):
+    with pytest.raises(UsageError, match="window attention"):
         backbone(torch.rand(1, 3, 224, 224), ["stride4"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -26,11 +27,24 @@ PIXELS = np.stack([textured(seed) for seed in range(10)])
 GOOD = Views(PIXELS, np.ones(PIXELS.shape[:3], bool))
 
 
+class ToyBackbone:
+    """Its cue grows from left to right."""
+
+    cues = ("energy",)
+
+    def features_and_cue(
+        self, pictures: Tensor, levels: Sequence[str], cue: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        return {}, torch.linspace(0, 1, 8).expand(len(pictures), 1, 8, 8)
+
+
 class Toy:
     """Error on tokens of 8 px; it knows the good pictures, and rebuilds a defect with `gain` times the error
     that it makes on each untouched token."""
 
     name = "toy"
+    backbone = ToyBackbone()
+    levels = ("one",)
 
     def __init__(self, gain: float, energies: Tensor | None = None) -> None:
         self.gain = gain
@@ -46,9 +60,6 @@ class Toy:
         changed = (good != pictures).any(dim=1)
         raw = torch.where(token_share(changed, pictures[:, 0, ::8, ::8]) > 0.5, 0.25 * self.gain, 0.25)
         return cast(Tensor, self.scale(raw))
-
-    def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        return {}
 
 
 class MaskedToy(Toy):
@@ -113,6 +124,7 @@ def test_what_is_not_valid_counts_in_neither_diagnosis() -> None:
 def test_mask_correlation_has_the_sign_of_the_slope() -> None:
     assert correlations(detector(MaskedToy(2.0)), GOOD)["mask_correlation"] == pytest.approx(1, abs=2e-3)
     assert correlations(detector(MaskedToy(-0.5)), GOOD)["mask_correlation"] == pytest.approx(-1, abs=2e-3)
+    assert correlations(detector(MaskedToy(2.0)), GOOD)["prior_correlation"] == pytest.approx(1, abs=2e-3)
     assert correlations(detector(MaskedToy(0.0)), GOOD)["mask_correlation"] is None
     assert correlations(detector(Toy(1.0)), GOOD) == {"mask_correlation": None, "prior_correlation": None}
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,11 +18,13 @@ from fettle.backbones import load_backbone
 from fettle.backbones.registry import find_entry
 from fettle.bench.cost import multiply_adds
 from fettle.detector import Detector, _learnt, _load_learnt
-from fettle.errors import ConfigError
+from fettle.errors import ConfigError, UsageError
 from fettle.layers.feature_statistics import FeatureStatistics
+from fettle.layers.pixel_map import pixel_map
 from fettle.layers.token_decoder import TokenDecoder
 from fettle.layers.token_grid import score_of_map
 from fettle.methods.agpnet import AGPNet, AGPNetConfig
+from fettle.methods.registry import make_config
 from fettle.perturb.attention import Guidance
 from fettle.protocols import Batch, FeatureBatch, Level, Run, Step
 
@@ -109,6 +112,28 @@ def test_taps() -> None:
     blocks = [*(Level(f"block{i}", 384, 16) for i in range(1, 13)), Level("final", 384, 16)]
     assert choose(blocks, PAPER) == ("block3", "block6", "block9", "block12")
     assert choose(blocks, AGPNetConfig(taps=("block2",))) == ("block2",)
+    assert choose([*blocks[:3], blocks[-1]], AGPNetConfig()) == ("block1", "block2", "block3")
+    assert choose(pyramid[3:4], AGPNetConfig()) == ("stride16",)
+    with pytest.raises(ConfigError, match="taps"):
+        choose(pyramid[4:], AGPNetConfig())
+    with pytest.raises(ValidationError, match="taps"):
+        AGPNetConfig(taps=())
+
+
+def test_fields_that_do_not_go_together_are_told_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"^Method 'agpnet': heads 3 do not divide width 128: choose"):
+        make_config(AGPNet, "compact", {"heads": 3})
+
+
+def test_a_backbone_without_a_readable_cue_serves_where_none_is_asked_for() -> None:
+    backbone = load_backbone("vit_small_patch16_18x2_224", ["block1", "block2"], weights="random")
+    views = torch.rand(1, 3, 32, 32)
+    for settings in ({"noise": "none"}, {"cues": "learned"}):
+        method = AGPNet(backbone, AGPNetConfig.model_validate(settings), ["block1", "block2"])
+        with torch.no_grad():
+            assert set(method.features(views, all_valid(views))) == {"tokens"}
+    with pytest.raises(UsageError, match="cannot be read"):
+        AGPNet(backbone, AGPNetConfig(), ["block1", "block2"]).features(views, all_valid(views))
 
 
 def test_target_is_layer_normed_at_each_tap() -> None:
@@ -121,7 +146,15 @@ def test_target_is_layer_normed_at_each_tap() -> None:
 
 
 def test_equal_widths_are_summed_and_others_refuse_it() -> None:
-    assert not prepared().sums
+    backbone = load_backbone("vit_tiny_patch16_224", ["block1", "block2"], weights="random")
+    method = AGPNet(backbone, AGPNetConfig(), ["block1", "block2"])
+    views = torch.rand(1, 3, 64, 64, generator=drawn())
+    with torch.no_grad():
+        tokens = method.features(views, all_valid(views))["tokens"]
+        levels = backbone(views, ["block1", "block2"])
+    normed = [F.layer_norm(own.movedim(1, -1), (192,), eps=1e-6).movedim(-1, 1) for own in levels.values()]
+    torch.testing.assert_close(tokens, normed[0] + normed[1])
+    assert method.sums and method.channels == 192 and not prepared().sums
     with pytest.raises(ConfigError, match="cannot be summed"):
         prepared(fuse="sum")
 
@@ -143,14 +176,43 @@ def test_an_identity_decoder_has_no_error() -> None:
 
 
 def test_loss_of_an_identity_decoder_is_the_noise() -> None:
-    method = prepared(levels="feature", cues="prior", alpha_end=0.0, beta=0.5, noise_unit="one")
+    method = prepared(levels="feature", cues="prior", alpha_end=0.0, beta=0.5)
     method.decoder.forward = lambda tokens, valid, grid: tokens  # type: ignore[method-assign,assignment]
-    losses = [float(next(method.losses(batch_of(method, pictures(16)), Step(i, 40))).value) for i in range(8)]
-    assert sum(losses) / 8 == pytest.approx(0.25, rel=0.02)
+    batch = batch_of(method, pictures(16))
+    louder = batch._replace(features={**batch.features, "tokens": 2 * batch.features["tokens"]})  # RMS 2
+    losses = [float(next(method.losses(louder, Step(i, 40))).value) for i in range(8)]
+    assert sum(losses) / 8 == pytest.approx(1.0, rel=0.02)
 
 
-def test_no_gradient_through_masks_backbone_and_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = prepared()
+def test_the_second_term_has_both_disturbances_and_the_clean_target() -> None:
+    method = prepared(cues="prior", ratio_start=1.0, ratio_end=1.0)
+    batch, step = batch_of(method), Step(20, 40)
+    clean, valid = method._tokens(batch.features["tokens"], batch.valid)
+    unit = method._unit(clean, valid)
+    guidance = method._guidance(batch, clean, valid, step, unit)
+    views = cast(Tensor, batch.pictures)
+    noise = torch.randn(views.shape, generator=step.generator("noise/pictures"))
+    with torch.no_grad():
+        of_pictures = method.features(views + 0.2 * noise, batch.valid)["tokens"].flatten(2).transpose(1, 2)
+    draws = [
+        torch.randn(clean.shape, generator=step.generator(name))
+        for name in ("noise/features", "noise/features of pictures")
+    ]
+    weight = (guidance.strength * unit)[:, :, None]
+    seen: list[Tensor] = []
+    method.decoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    (loss,) = method.losses(batch, step)
+    torch.testing.assert_close(seen[0], clean + weight * draws[0])
+    torch.testing.assert_close(seen[1], of_pictures + weight * draws[1])
+    terms = [(method.decoder(own, valid, (4, 4)) - clean).square().mean() for own in seen[:2]]
+    torch.testing.assert_close(loss.value, (terms[0] + terms[1]) / 2)
+
+
+@pytest.mark.parametrize("momentum", [0.999, 0.0])
+def test_no_gradient_through_masks_backbone_and_momentum(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = prepared(momentum=momentum)
     batch, step = batch_of(method), Step(20, 40)
     value, inside = loss_and_gradients(method, batch, step)
     kept: list[Guidance] = []
@@ -168,8 +230,8 @@ def test_no_gradient_through_masks_backbone_and_momentum(monkeypatch: pytest.Mon
     assert given_value == value and len(given) == len(inside) > 10
     assert all(torch.equal(a, b) for a, b in zip(inside, given, strict=True))
     assert not kept[0].mask.requires_grad and not kept[0].strength.requires_grad
-    momentum = cast(TokenDecoder, method.momentum_decoder)
-    frozen = [*momentum.parameters(), *cast(nn.Module, method.backbone).parameters()]
+    frozen = [*method.guide.parameters(), *cast(nn.Module, method.backbone).parameters()]
+    assert (len(list(method.guide.parameters())) > 0) == (momentum > 0)
     assert all(not p.requires_grad and p.grad is None for p in frozen)
 
 
@@ -225,7 +287,7 @@ def test_pictures_are_asked_for_only_when_they_are_disturbed() -> None:
 
 def test_momentum_follows_after_a_step_and_the_cue_comes_from_it() -> None:
     method = prepared(cues="learned")
-    momentum = cast(TokenDecoder, method.momentum_decoder)
+    momentum = cast(TokenDecoder, method.guide.slow)
     before = copy.deepcopy(momentum)
     with torch.no_grad():
         for p in method.decoder.parameters():
@@ -243,7 +305,7 @@ def test_momentum_follows_after_a_step_and_the_cue_comes_from_it() -> None:
 
 def test_without_momentum_the_cue_is_the_decoders_own() -> None:
     method = prepared(cues="learned", momentum=0.0)
-    assert method.momentum_decoder is None
+    assert method.guide.slow is None
     batch = batch_of(method)
     clean, valid = method._tokens(batch.features["tokens"], batch.valid)
     looked = method._cues(batch, clean, valid)[1]
@@ -272,7 +334,8 @@ def test_answers_need_no_momentum_decoder() -> None:
     views = pictures()
     with torch.no_grad():
         expected = method(views, all_valid(views))
-        method.momentum_decoder = None
+        assert method.guide.slow is not None
+        method.guide.slow = None
         found = method(views, all_valid(views))
     assert torch.equal(found.anomaly_map, expected.anomaly_map) and torch.equal(found.score, expected.score)
 
@@ -286,7 +349,7 @@ def test_the_traced_graph_uses_no_momentum_weight() -> None:
     names = traced.graph_signature.inputs_to_parameters
     used = {names[node.name] for node in traced.graph.nodes if node.name in names and node.users}
     own = {f"decoder.{name}" for name, _ in method.decoder.named_parameters()}
-    assert own <= used and not any("momentum" in name for name in used)
+    assert own <= used and not any("slow" in name for name in used)
 
 
 def test_the_momentum_decoder_can_answer() -> None:
@@ -321,8 +384,10 @@ def test_noise_units() -> None:
 
 def test_schedule_by_epochs_is_a_staircase() -> None:
     method = prepared(pictures(8), schedule_unit="epoch", batch=4)
-    shares = [method._share(Step(number, 8)) for number in range(8)]
-    assert shares == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+    staircase = pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+    assert [method._share(Step(number, 8)) for number in range(8)] == staircase
+    in_two_processes = prepared(pictures(8), schedule_unit="epoch", batch=2, epochs=4)
+    assert [in_two_processes._share(Step(number, 8)) for number in range(8)] == staircase
 
 
 def test_padding_gets_no_noise_and_no_say() -> None:
@@ -381,6 +446,13 @@ def test_explanation() -> None:
     assert found.numbers["alpha"] == [0.0, 1.0] and "not part of the verdict" in found.words
     alone = prepared(noise="none").eval().explain(views, all_valid(views))
     assert list(alone.maps) == ["error"]
+    feature = prepared(levels="feature").eval().explain(views, all_valid(views))
+    assert list(feature.maps) == ["prior", "learned", "mask", "error"]  # no picture was ever disturbed
+    even = prepared(noise="uniform").eval().explain(views, all_valid(views))
+    assert "mask_image" not in even.maps and "placed none" in even.words
+    with torch.no_grad():
+        expected = pixel_map(method._error(views, all_valid(views)), all_valid(views), 0)
+    torch.testing.assert_close(found.maps["error"], expected)
 
 
 def test_one_picture_has_no_baseline_and_several_do() -> None:

@@ -16,6 +16,7 @@ from fettle.inspection import Inspection
 from fettle.methods.fpfnet import FPFNet, FPFNetConfig
 from fettle.methods.registry import find_method, make_config
 from fettle.methods.uniad import Uniad, UniadConfig
+from fettle.perturb.gaussian import Gaussian
 from fettle.perturb.pool import NAMED_POOLS
 from fettle.protocols import Step
 
@@ -91,23 +92,49 @@ def test_a_guided_pool_is_configuration_alone(cues: str) -> None:
     clean, valid = method._tokens(batch.features["tokens"], batch.valid)
     guide = method._guidance(batch, clean, valid, Step(50, 100))
     assert guide is not None
-    torch.testing.assert_close(guide.square().mean(dim=1), torch.ones(4))
+    size = clean.square().mean(dim=2)
+    torch.testing.assert_close((guide.square() * size).sum(dim=1), size.sum(dim=1))
     assert float(guide.std()) > 0.05
     found, plain = train(method, batch, 3), train(prepared("fpfnet"), batch, 3)
     assert found[0] == plain[0]  # alpha begins at 0: the guide is even
     assert found[2] != plain[2]
-    assert (method.momentum_head is not None) == (cues != "prior")
+    assert method.guide is not None and (method.guide.slow is not None) == (cues != "prior")
+
+
+def test_a_guided_jitter_has_the_energy_of_an_unguided_one() -> None:
+    method = prepared("fpfnet", pool=guided_pool(cues="prior"))
+    batch = batch_of(method, good_pictures(6))
+    clean, valid = method._tokens(batch.features["tokens"], batch.valid)
+    clean = clean * torch.linspace(0.2, 3, clean.shape[1])[None, :, None]  # tokens of very different size
+    guide = method._guidance(batch, clean, valid, Step(99, 100))
+    jitter, grid = Gaussian(), method.head.grid
+
+    def energy(own: torch.Tensor | None) -> float:
+        draws = [torch.Generator().manual_seed(seed) for seed in range(40)]
+        return sum(float((jitter(clean, grid, one, guide=own) - clean).square().sum()) for one in draws)
+
+    assert energy(guide) / energy(None) == pytest.approx(1, abs=0.02)
+
+
+def test_dropout_has_no_say_in_what_is_looked_at() -> None:
+    method = prepared("fpfnet", pool=guided_pool(cues="learned"), dropout=0.5).train()
+    batch = batch_of(method, good_pictures(4))
+    clean, valid = method._tokens(batch.features["tokens"], batch.valid)
+    assert method.guide is not None
+    both = [method.guide.learned(method.head, clean, valid, method.head.grid) for _ in range(2)]
+    assert both[0] is not None and both[1] is not None and torch.equal(both[0], both[1])
+    assert method.head.training and cast(torch.nn.Module, method.guide.slow).training
 
 
 def test_the_momentum_copy_of_a_guided_pool_follows() -> None:
     method = prepared("fpfnet", pool=guided_pool(cues="learned"))
-    assert method.momentum_head is not None
-    before = [p.clone() for p in method.momentum_head.parameters()]
+    assert method.guide is not None and method.guide.slow is not None
+    before = [p.clone() for p in method.guide.slow.parameters()]
     with torch.no_grad():
         for p in method.head.parameters():
             p.add_(1)
     method.after_step(Step(0, 100))  # momentum 0.1
-    for slow, first in zip(method.momentum_head.parameters(), before, strict=True):
+    for slow, first in zip(method.guide.slow.parameters(), before, strict=True):
         torch.testing.assert_close(slow, first + 0.9)
         assert not slow.requires_grad
 
@@ -116,7 +143,7 @@ def test_what_encoder_tokens_look_at_sums_to_one() -> None:
     method = prepared("fpfnet", pool=guided_pool(cues="learned"))
     batch = batch_of(method, good_pictures(4))
     clean, valid = method._tokens(batch.features["tokens"], batch.valid)
-    looked = method.head.looked_at(clean, valid, "all")
+    looked = method.head.looked_at(clean, valid, method.head.grid, "all")
     torch.testing.assert_close(looked.sum(dim=1), torch.ones(4))
     assert not looked.requires_grad
 
@@ -124,7 +151,7 @@ def test_what_encoder_tokens_look_at_sums_to_one() -> None:
 def test_without_a_guide_nothing_is_added() -> None:
     method = prepared("fpfnet")
     assert set(batch_of(method, good_pictures(2)).features) == {"tokens"}
-    assert method.momentum_head is None and not any("momentum" in name for name in method.state_dict())
+    assert method.guide is None and not any(name.startswith("guide") for name in method.state_dict())
 
 
 def test_a_guided_model_answers_as_before_once_loaded(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class ConvPyramid(_Frozen):
             level = self.spec.level(name)
             if level is not None and by_name[name].shape[1] != level.channels:
                 raise UsageError(
-                    f"Backbone '{self.spec.id}' ({type(self.net).__name__}) does not give channels first.",
+                    f"Backbone '{self.spec.id}' gives channels last, as window attention does.",
                     "Use a convolutional network or a plain ViT.",
                 )
         return {name: by_name[name] for name in levels}
@@ -311,7 +311,7 @@ def vit_levels(timm_name: str) -> tuple[tuple[Level, ...], int]:
     """Levels of a timm ViT, and its patch side."""
     with torch.device("meta"):
         net = import_timm().create_model(timm_name, pretrained=False, num_classes=0)
-    if type(net).__name__ != _PLAIN_VIT:
+    if _PLAIN_VIT not in (parent.__name__ for parent in type(net).__mro__):
         raise UsageError(
             f"Backbone '{timm_name}' is a {type(net).__name__}, which is no plain ViT.",
             "Use one whose positions are added once, such as vit_small_patch16_224.dino.",

@@ -157,6 +157,7 @@ def _wrap(entry: BackboneEntry, spec: BackboneSpec, net: Module, levels: Sequenc
 
 def _spec(entry: BackboneEntry, served: tuple[Level, ...], sha256: str, source: str) -> BackboneSpec:
     licence = "none: random weights" if sha256 == RANDOM else entry.licence
+    source += "; positions: timm-bicubic-antialias" if entry.kind == "vit" else ""
     return BackboneSpec(entry.name, sha256, source, licence, served, entry.side_step, entry.mean, entry.std)
 
 

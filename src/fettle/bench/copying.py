@@ -22,6 +22,7 @@ from fettle.detector import Detector
 from fettle.errors import UsageError
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.pixel_map import valid_tokens
+from fettle.layers.token_grid import aligned_to
 from fettle.perturb.attention import joint_prior
 from fettle.protocols import Explains, Json, Method
 
@@ -93,8 +94,8 @@ def identity_index(detector: Detector, good: Views, seed: int = 0) -> IdentityIn
 def correlations(detector: Detector, good: Views) -> dict[str, float | None]:
     """Of the raw error with the mask that guided the training, and with the backbone's cue alone.
 
-    The first is None for a method that explains no mask; the second, which is there for every kind of noise,
-    for one whose features hold no cue. Pearson, over the valid tokens of all pictures.
+    The first is None for a method that explains no mask; the second is there for every one. Pearson, over the
+    valid tokens of all pictures.
     """
     method = detector.method
     energies: list[Tensor] = []
@@ -120,9 +121,10 @@ def _maps_on_grid(method: Method, pictures: Tensor, valid: Tensor, inside: Tenso
         if mask is not None:
             share = F.adaptive_avg_pool2d(valid.float(), grid)[:, 0].clamp_min(1e-6)
             found["mask"] = F.adaptive_avg_pool2d(mask[:, None], grid)[:, 0] / share
-    prior = method.features(pictures, valid).get("prior")  # (B, K, h, w)
-    if prior is not None and prior.shape[-2:] == grid:
-        found["prior"] = joint_prior(prior.flatten(2), inside.flatten(1), 0.0).view_as(inside)
+    backbone = method.backbone
+    _, prior = backbone.features_and_cue(pictures, method.levels, backbone.cues[0])  # (B, K, h, w)
+    on_grid = aligned_to(prior, grid, "mean").flatten(2)
+    found["prior"] = joint_prior(on_grid, inside.flatten(1), 0.0).view_as(inside)
     return found
 
 

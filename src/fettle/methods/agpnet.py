@@ -10,6 +10,7 @@ Sections named in comments are those of the method's specification.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, Self, cast
 
@@ -25,17 +26,14 @@ from fettle.layers.pixel_map import pixel_map
 from fettle.layers.token_decoder import TokenDecoder
 from fettle.layers.token_grid import MapScore, aligned_to, score_of_map, valid_on_grid
 from fettle.perturb.attention import (
-    AttentionGuide,
     Guidance,
     GuideConfig,
-    follow,
-    frozen_copy,
     joint_prior,
     linear,
-    momentum_at,
     normalise,
     picture_sigma,
 )
+from fettle.perturb.attention_guide import AttentionGuide
 from fettle.perturb.turns import Turns, turned
 from fettle.protocols import (
     Backbone,
@@ -94,7 +92,7 @@ class AGPNetConfig(GuideConfig, TrainingConfig):
     clip: float = Field(default=1.0, ge=0)
     decay: Literal["all", "linear"] = "linear"
 
-    taps: tuple[str, ...] | None = None
+    taps: tuple[str, ...] | None = Field(default=None, min_length=1)
     fuse: Literal["auto", "sum", "concat"] = "auto"
     width: int = Field(default=128, ge=4, le=4096, multiple_of=4)
     heads: int = Field(default=4, ge=1, le=256)
@@ -117,7 +115,7 @@ class AGPNetConfig(GuideConfig, TrainingConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}: choose heads that do")
         if self.infer_with == "momentum" and self.momentum == 0:
             raise ValueError("infer_with 'momentum' needs a momentum above 0")
         return self
@@ -177,15 +175,13 @@ class AGPNet(nn.Module):
         if self.sums and len(set(sizes)) > 1:
             raise ConfigError(f"Taps of {sizes} channels cannot be summed.", "Use fuse=concat.")
         self.channels = sizes[0] if self.sums else sum(sizes)
-        self.cue = config.prior_stat or backbone.cues[0]
         self.decoder = self._new_decoder((0, 0))
-        self.momentum_decoder = frozen_copy(self.decoder) if config.momentum else None
-        self.guide = AttentionGuide(config)
+        self.guide = AttentionGuide(config, backbone, levels)
+        self._watch()
         self.scale = EnergyScale()
-        # Known during the fit only: MSE of predicting each position's mean, views, and a step's learned cue.
+        # Known during the fit only: MSE of predicting each position's mean, and the number of views.
         self._baseline = 0.0
         self._num_views = 0
-        self._last_learned: Tensor | None = None
 
     def _new_decoder(self, grid: tuple[int, int]) -> TokenDecoder:
         config = self.config
@@ -199,18 +195,29 @@ class AGPNet(nn.Module):
             out_norm=config.out_norm,
         )
 
+    def _watch(self) -> None:
+        self.guide.watch(self.decoder, needed=self.config.infer_with == "momentum")
+
     @staticmethod
     def choose_levels(offered: Sequence[Level], config: AGPNetConfig) -> tuple[str, ...]:
-        """Levels that this method taps on a backbone that offers these."""
+        """Levels that this method taps on a backbone that offers these.
+
+        Raises:
+            ConfigError: none of them is of a stride that it takes by itself.
+        """
         if config.taps is not None:
             return config.taps
-        if len({level.stride for level in offered}) > 1:
-            chosen = [level for level in offered if level.stride in _STRIDES]
-            if len(chosen) < 2:
-                chosen = [level for level in offered if level.stride == _MORE] + chosen
-            return tuple(level.name for level in chosen)
         blocks = [level.name for level in offered if level.name.startswith("block")]
-        return tuple(blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4))
+        if blocks:
+            last = [max(len(blocks) * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)]
+            return tuple(blocks[number] for number in sorted(set(last)))
+        chosen = [level for level in offered if level.stride in _STRIDES]
+        if len(chosen) < 2:
+            chosen = [level for level in offered if level.stride == _MORE] + chosen
+        if not chosen:
+            offers = ", ".join(level.name for level in offered)
+            raise ConfigError(f"None of the levels {offers} is tapped by itself.", "Name some with taps.")
+        return tuple(level.name for level in chosen)
 
     def train(self, mode: bool = True) -> Self:
         """The backbone stays in eval mode: its batch norm must use its running statistics."""
@@ -222,17 +229,14 @@ class AGPNet(nn.Module):
 
     def feature_key(self) -> str:
         """The recipe of `features`."""
-        return f"{'sum' if self.sums else 'concat'} at stride {self.stride}, {self.cue} of {self._cue_levels}"
-
-    @property
-    def _cue_levels(self) -> tuple[str, ...]:
-        return self.levels if self.config.prior_levels == "all" else self.levels[-1:]
+        return f"{'sum' if self.sums else 'concat'} at stride {self.stride}{self.guide.recipe}"
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """What is to be rebuilt, and the backbone's cue: {"tokens": (B, C, h, w), "prior": (B, K, h, w)}."""
-        by_name, prior = self.backbone.features_and_cue(pictures, self.levels, self.cue, self._cue_levels)
+        """What is to be rebuilt, {"tokens": (B, C, h, w)}, and where it is used the backbone's cue, {"prior":
+        (B, K, h, w)}."""
+        by_name, prior = self.guide.features(self.backbone, pictures, self.levels)
         tokens = self._fused(by_name, pictures)
-        return {"tokens": tokens, "prior": aligned_to(prior, _grid(tokens), "mean")}
+        return {"tokens": tokens, **{k: aligned_to(maps, _grid(tokens), "mean") for k, maps in prior.items()}}
 
     def _fused(self, by_name: dict[str, Tensor], pictures: Tensor) -> Tensor:
         """The taps, layer-normed without weights, as a sum or side by side: (B, C, h, w) (equation 1)."""
@@ -256,7 +260,8 @@ class AGPNet(nn.Module):
             tokens, valid = batch.features["tokens"], valid_on_grid(batch.features["tokens"], batch.valid)
             seen.add(tokens, valid, len(set(batch.keys)))
             self._num_views += len(tokens)
-            self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
+            if "prior" in batch.features:
+                self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
         if not seen.finite:
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
         several = seen.num_pictures > 1 and self.config.loss == "mse"
@@ -267,11 +272,10 @@ class AGPNet(nn.Module):
         self.decoder.initialise(run.generator("agpnet/weights"))
         self.decoder.to(device).train(self.training)
         self.guide.begin(seen.grid[0] * seen.grid[1])
-        if self.config.momentum:
-            self.momentum_decoder = frozen_copy(self.decoder)
+        self._watch()
         facts: dict[str, Json] = {
             "taps": list(self.levels),
-            "cue": self.cue,
+            "cue": self.guide.cue,
             "grid": list(seen.grid),
             "channels": self.channels,
             "parameters": sum(parameter.numel() for parameter in self.decoder.parameters()),
@@ -321,39 +325,27 @@ class AGPNet(nn.Module):
         return self._loss(self.decoder(clean, valid, _grid(batch.features["tokens"])), clean, valid)
 
     def after_step(self, step: Step) -> None:
-        """The momentum copy follows (equation 3)."""
-        if self.momentum_decoder is not None:
-            follow(self.momentum_decoder, self.decoder, momentum_at(step.number, self.config.momentum))
-        if self._last_learned is not None:
-            self.guide.keep_learned(self._last_learned)
+        """The momentum copy follows."""
+        self.guide.after_step(step, self.decoder)
 
-    def _guidance(
-        self, batch: Batch, clean: Tensor, valid: Tensor, step: Step, unit: Tensor | None = None
-    ) -> Guidance:
+    def _guidance(self, batch: Batch, clean: Tensor, valid: Tensor, step: Step, unit: Tensor) -> Guidance:
         prior, learned = self._cues(batch, clean, valid)
-        self._last_learned = learned
-        found: Guidance = self.guide(prior, learned, self._share(step), valid, step.generator("places"), unit)
+        share, places = self._share(step), step.generator("places")
+        found: Guidance = self.guide(prior, learned, share, valid, places, unit)
         return found
 
     def _cues(self, batch: Batch, clean: Tensor, valid: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The prior (B, K, N) and the learned cue (B, N), where they are used."""
-        config = self.config
-        prior = batch.features["prior"].flatten(2) if config.takes_prior else None
-        if not config.takes_learned:
-            return prior, None
-        looker = self.momentum_decoder or self.decoder
-        grid = _grid(batch.features["tokens"])
-        return prior, looker.looked_at(clean, valid, grid, config.learned_layers)
+        prior = batch.features["prior"].flatten(2) if "prior" in batch.features else None
+        return prior, self.guide.learned(self.decoder, clean, valid, _grid(batch.features["tokens"]))
 
     def _share(self, step: Step) -> float:
         """How far the training is; by epochs it is a staircase."""
         if self.config.schedule_unit == "step":
             return step.share
-        last, epoch = (
-            (number * self.config.batch) // max(self._num_views, 1)
-            for number in (step.total - 1, step.number)
-        )
-        return epoch / max(last, 1)
+        epochs = self.config.epochs or step.total * self.config.batch / max(self._num_views, 1)
+        epoch = math.floor(epochs * step.number / step.total)
+        return epoch / max(math.ceil(epochs) - 1, 1)
 
     def _unit(self, clean: Tensor, valid: Tensor) -> Tensor:
         """What noise of strength 1 is at each token, (B, N) (section 6.1)."""
@@ -415,10 +407,12 @@ class AGPNet(nn.Module):
     def _error(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """||F - F_hat|| of every token, (B, h, w) (equation 8)."""
         features = self._fused(self.backbone(pictures, self.levels), pictures)
+        return self._error_of(features, valid)
+
+    def _error_of(self, features: Tensor, valid: Tensor) -> Tensor:
         clean, inside = self._tokens(features, valid)
-        decoder = self.decoder
-        if self.config.infer_with == "momentum" and self.momentum_decoder is not None:
-            decoder = self.momentum_decoder
+        momentum = self.config.infer_with == "momentum"
+        decoder = self.guide.slow if momentum and self.guide.slow is not None else self.decoder
         error = (decoder(clean, inside, _grid(features)) - clean).square().sum(dim=2)
         return torch.unflatten((error + 1e-12).sqrt(), 1, _grid(features))
 
@@ -431,27 +425,29 @@ class AGPNet(nn.Module):
         """The cues, the masks that they make as a training ends, and the error unblurred (section 14)."""
         config = self.config
         batch = Batch(self.features(pictures, valid), valid, pictures)
-        clean, inside = self._tokens(batch.features["tokens"], valid)
-        grid = _grid(batch.features["tokens"])
+        features = batch.features["tokens"]
+        clean, inside = self._tokens(features, valid)
         prior, learned = self._cues(batch, clean, inside)
         tokens: dict[str, Tensor] = {}
-        maps: dict[str, Tensor] = {}
+        pixels: dict[str, Tensor] = {}
         if prior is not None:
-            tokens["prior"] = joint_prior(prior, inside, config.contrast_floor)
+            tokens["prior"] = joint_prior(self.guide.cut(prior, inside), inside, config.contrast_floor)
         if learned is not None:
             tokens["learned"] = normalise(learned, inside, config.contrast_floor)
         if tokens:
             end = Step(max(config.steps - 1, 1), config.steps)
-            guidance = self._guidance(batch, clean, inside, end)
-            tokens["mask"] = guidance.mask
-            shown = picture_sigma(guidance.attention, config.noise, config.ratio_end, 1.0, grid, valid)
-            maps["mask_image"] = shown[:, 0]
-        enlarged = {
-            name: pixel_map(torch.unflatten(values, 1, grid), valid, 0) for name, values in tokens.items()
-        }
-        maps = {**enlarged, **maps, "error": pixel_map(self._error(pictures, valid), valid, 0)}
+            found: Guidance = self.guide(prior, learned, 1.0, inside, end.generator("places"))
+            tokens["mask"] = found.mask
+            if config.levels != "feature" and config.noise != "uniform":
+                shown = (found.attention, config.noise, config.ratio_end, 1.0, _grid(features), valid)
+                pixels["mask_image"] = picture_sigma(*shown)[:, 0]
+        on_grid = {name: torch.unflatten(values, 1, _grid(features)) for name, values in tokens.items()}
+        maps = {name: pixel_map(values, valid, 0) for name, values in on_grid.items()}
+        maps |= {**pixels, "error": pixel_map(self._error_of(features, valid), valid, 0)}
         words = "Masks guide training; they are not part of the verdict."
-        if learned is not None and self.momentum_decoder is None:
+        if config.noise == "uniform":
+            words += " Here noise was the same everywhere: the mask placed none."
+        if learned is not None and self.guide.slow is None:
             words += " The learned cue is the decoder's own, since there is no momentum copy."
         return Explanation(maps, self._strengths(), words)
 

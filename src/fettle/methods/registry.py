@@ -54,6 +54,11 @@ def make_config(method: type[Method], preset: str, settings: dict[str, object]) 
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        if not place:  # fields that do not go together
+            what = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(
+                f"Method '{method.name}': {what}.", "Correct what was given with --set."
+            ) from error
         raise ConfigError(
             f"Field '{place}' of method '{method.name}' cannot be {first['input']!r}: {first['msg']}.",
             "Correct the value given with --set.",

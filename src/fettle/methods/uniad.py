@@ -22,7 +22,8 @@ from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.positions import LearnedPositions
 from fettle.layers.token_grid import Align, aligned_to, enlarged, pooled_maximum, valid_on_grid
-from fettle.perturb.attention import AttentionGuide, follow, frozen_copy, momentum_at, unit_rms
+from fettle.perturb.attention import equal_energy
+from fettle.perturb.attention_guide import AttentionGuide
 from fettle.perturb.pool import NAMED_POOLS, PoolConfig
 from fettle.protocols import (
     Backbone,
@@ -222,20 +223,23 @@ class Reconstruction(nn.Module):
         return rebuilt
 
     @torch.no_grad()
-    def looked_at(self, tokens: Tensor, valid: Tensor, layers: str) -> Tensor:
-        """How much each token is looked at in "all" layers of the encoder or the "last", (B, N)."""
+    def looked_at(self, tokens: Tensor, valid: Tensor, grid: tuple[int, int], layers: str) -> Tensor:
+        """How much each token is looked at in "all" encoder layers or the "last", (B, N); no dropout."""
+        training = self.training
+        self.eval()
+        allowed = neighbour_mask(grid, self.window, tokens.device)
+        mask = visible(allowed if self.mask_encoder else torch.ones_like(allowed), valid)
+        received = []
         with torch.autocast(tokens.device.type, enabled=False):
-            allowed = neighbour_mask(self.grid, self.window, tokens.device)
-            mask = visible(allowed if self.mask_encoder else torch.ones_like(allowed), valid)
-            position = self.positions()
-            x = self.project_in(tokens.float())
-            received = []
+            position, x = self.positions(), self.project_in(tokens.float())
             for number, layer in enumerate(self.encoder, start=1):
                 if layers == "all" or number == len(self.encoder):
                     attention = cast(EncoderLayer, layer).attention
                     received.append(attention.received(x + position, x + position, mask, valid))
-                x = layer(x, position, mask)
-            return torch.stack(received).mean(dim=0)
+                if number < len(self.encoder):
+                    x = layer(x, position, mask)
+        self.train(training)
+        return torch.stack(received).mean(dim=0)
 
     def memory(self, encoded: list[Tensor]) -> Tensor:
         """m, what every decoder layer reads, from e_0, e_1, ..., e_L."""
@@ -322,16 +326,11 @@ class Uniad(nn.Module):
         self.stride = min(max(level.stride for level in known), _GRID_STRIDE)
         self.head = Reconstruction(sum(self._sizes), (0, 0), config)
         guide = config.pool.guide
-        self.guide = None if guide is None else AttentionGuide(guide)
-        self.cue: str | None = None
-        self._cue_levels = self.levels
-        if guide is not None and guide.takes_prior:
-            self.cue = guide.prior_stat or backbone.cues[0]
-            self._cue_levels = self.levels if guide.prior_levels == "all" else self.levels[-1:]
-        self.momentum_head = self._momentum_copy()
+        self.guide = None if guide is None else AttentionGuide(guide, backbone, levels)
+        if self.guide is not None:
+            self.guide.watch(self.head)
         self.register_buffer("channel_scale", torch.ones(sum(self._sizes)))  # one number a level, repeated
         self.scale = EnergyScale()
-        self._last_learned: Tensor | None = None  # of this step
         self._baseline = 1.0  # MSE of predicting each position's mean; known during the fit only
 
     @staticmethod
@@ -353,19 +352,20 @@ class Uniad(nn.Module):
 
     def feature_key(self) -> str:
         """The recipe of `features`."""
-        cue = "" if self.cue is None else f", {self.cue} of {','.join(self._cue_levels)}"
-        return f"tokens of {','.join(self.levels)}, {self.config.align} at stride {self.stride}{cue}"
+        prior = "" if self.guide is None else self.guide.recipe
+        return f"tokens of {','.join(self.levels)}, {self.config.align} at stride {self.stride}{prior}"
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """All levels on one grid, side by side (section 2): {"tokens": (B, C, h, w)}.
 
         A pool that is guided by the backbone's cue adds {"prior": (B, K, h, w)}.
         """
-        if self.cue is None:
+        if self.guide is None:
             return {"tokens": self._side_by_side(self.backbone(pictures, self.levels), pictures)}
-        by_name, prior = self.backbone.features_and_cue(pictures, self.levels, self.cue, self._cue_levels)
+        by_name, prior = self.guide.features(self.backbone, pictures, self.levels)
         tokens = self._side_by_side(by_name, pictures)
-        return {"tokens": tokens, "prior": aligned_to(prior, (tokens.shape[-2], tokens.shape[-1]), "mean")}
+        grid = (tokens.shape[-2], tokens.shape[-1])
+        return {"tokens": tokens, **{name: aligned_to(maps, grid, "mean") for name, maps in prior.items()}}
 
     def _side_by_side(self, by_name: dict[str, Tensor], pictures: Tensor) -> Tensor:
         grid = (pictures.shape[-2] // self.stride, pictures.shape[-1] // self.stride)
@@ -384,7 +384,7 @@ class Uniad(nn.Module):
         for batch in good:
             tokens, valid = batch.features["tokens"], valid_on_grid(batch.features["tokens"], batch.valid)
             seen.add(tokens, valid, len(set(batch.keys)))
-            if self.guide is not None and self.cue is not None:
+            if self.guide is not None and "prior" in batch.features:
                 self.guide.keep_prior(batch.features["prior"].flatten(2), valid.flatten(1))
             allowed = neighbour_mask(seen.grid, self.config.window, tokens.device)
             lonely += int((sees_nobody(allowed, valid.flatten(1)) & valid.flatten(1)).sum())
@@ -400,8 +400,8 @@ class Uniad(nn.Module):
         self.head = Reconstruction(sum(self._sizes), seen.grid, self.config)
         self.head.initialise(run.generator("uniad/weights"))
         self.head.to(device).train(self.training)
-        self.momentum_head = self._momentum_copy()
         if self.guide is not None:
+            self.guide.watch(self.head)
             self.guide.begin(seen.grid[0] * seen.grid[1])
         ends = torch.tensor(self._sizes).cumsum(0) - 1
         facts: dict[str, Json] = {
@@ -440,33 +440,22 @@ class Uniad(nn.Module):
         return Loss(mean_squared_error(self.head(clean, valid), clean, valid), self._baseline)
 
     def _guidance(self, batch: Batch, clean: Tensor, valid: Tensor, step: Step) -> Tensor | None:
-        """Where a guided pool disturbs, (B, N), of root mean square 1; None: everywhere alike."""
+        """Where a guided pool disturbs, (B, N); None: everywhere alike.
+
+        Its members' noise goes with each token's own size: in this unit the energy stays as it is unguided.
+        """
         if self.guide is None:
             return None
-        guide = self.guide.config
-        prior = batch.features["prior"].flatten(2) if guide.takes_prior else None
-        learned = None
-        if guide.takes_learned:
-            learned = (self.momentum_head or self.head).looked_at(clean, valid, guide.learned_layers)
-            self._last_learned = learned
-        found = self.guide(prior, learned, step.share, valid, step.generator("places"))
-        return unit_rms(found.strength, valid)
+        prior = batch.features["prior"].flatten(2) if "prior" in batch.features else None
+        learned = self.guide.learned(self.head, clean, valid, self.head.grid)
+        size = clean.square().mean(dim=2).sqrt()  # (B, N)
+        found = self.guide(prior, learned, step.share, valid, step.generator("places"), size)
+        return equal_energy(found.strength, torch.ones_like(size), size, valid)
 
     def after_step(self, step: Step) -> None:
         """The momentum copy of a guided pool follows."""
-        if self.guide is None:
-            return
-        if self.momentum_head is not None:
-            follow(self.momentum_head, self.head, momentum_at(step.number, self.guide.config.momentum))
-        if self._last_learned is not None:
-            self.guide.keep_learned(self._last_learned)
-
-    def _momentum_copy(self) -> Reconstruction | None:
-        """What the learned cue of a guided pool comes from; None: from the head itself, or no such cue."""
-        guide = self.config.pool.guide
-        if guide is None or not guide.takes_learned or guide.momentum == 0:
-            return None
-        return frozen_copy(self.head)
+        if self.guide is not None:
+            self.guide.after_step(step, self.head)
 
     def settle(self, energies: Tensor) -> None:
         self.scale.settle(energies)

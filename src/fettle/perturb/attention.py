@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -24,8 +25,7 @@ from fettle.errors import DataError
 
 Network = TypeVar("Network", bound=nn.Module)
 NoiseKind: TypeAlias = Literal["none", "uniform", "shuffled", "inverted", "fixed", "attention"]
-_LEAST_CONTRAST = 1e-5  # of the mean: below it differences are rounding
-_FIXED_DECAY = 0.99  # of the running mean of the learned cue
+_LEAST_CONTRAST = 1e-3  # of the mean: below it differences are rounding, since features are kept as halves
 
 
 class GuideConfig(BaseModel):
@@ -171,7 +171,12 @@ def combine(
     """
     cues = [] if prior is None else [joint_prior(prior, valid, contrast_floor)]
     cues += [] if learned is None else [normalise(learned, valid, contrast_floor)]
-    attention = torch.stack(cues).sum(dim=0)
+    return added(cues, valid, contrast_floor)
+
+
+def added(cues: Sequence[Tensor], valid: Tensor, contrast_floor: float) -> tuple[Tensor, Tensor]:
+    """The sum of normalised cues (B, N), and the mask; see `combine`."""
+    attention = torch.stack(list(cues)).sum(dim=0)
     return attention, attention / len(cues) if contrast_floor else normalise(attention, valid, 0)
 
 
@@ -255,106 +260,3 @@ def picture_sigma(
     )[:, 0]
     chosen = binarise(-enlarged if kind == "inverted" else enlarged, ratio, inside)
     return sigma * chosen[:, None].to(attention)
-
-
-class AttentionGuide(nn.Module):
-    """From cues to masks and strengths, see `GuideConfig`. It has no parameter.
-
-    Only "fixed" noise keeps something: the mean of the training pictures' priors, and a running mean of the
-    learned cues.
-    """
-
-    mean_prior: Tensor
-    mean_learned: Tensor
-
-    def __init__(self, config: GuideConfig) -> None:
-        super().__init__()
-        self.config = config
-        self._num_priors = 0
-        if config.noise == "fixed":
-            self.register_buffer("mean_prior", torch.zeros(0))  # (N,)
-            self.register_buffer("mean_learned", torch.zeros(0))  # (N,)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        prior: Tensor | None,
-        learned: Tensor | None,
-        share: float,
-        valid: Tensor,
-        generator: torch.Generator,
-        unit: Tensor | None = None,
-    ) -> Guidance:
-        """Guidance for a step.
-
-        Args:
-            prior: (B, K, N); learned: (B, N); None for the one that is not used.
-            share: of the training that is done, 0..1.
-            valid: (B, N) bool.
-            generator: on the CPU; "shuffled" draws from it.
-            unit: (B, N), what each token's noise is multiplied by besides; None: alike for all.
-        """
-        config = self.config
-        alpha, beta = config.alpha(share), config.beta
-        attention, mask = combine(*self._used(prior, learned, valid), valid, config.contrast_floor)
-        own = strength(mask, alpha, beta, valid)
-        unit = torch.ones_like(own) if unit is None else unit
-        if config.noise == "uniform":
-            return Guidance(mask, equal_energy(torch.ones_like(own), own, unit, valid), attention)
-        if config.noise == "inverted":
-            return Guidance(mask, equal_energy(alpha + 2 * beta - own, own, unit, valid), attention)
-        if config.noise == "shuffled":
-            places = shuffled_places(valid, generator)
-            mask, own, attention = (part.gather(1, places) for part in (mask, own, attention))
-        if config.noise == "fixed":
-            attention, mask = self._fixed(prior, learned, valid)
-            own = equal_energy(strength(mask, alpha, beta, valid), own, unit, valid)
-        return Guidance(mask, own, attention)
-
-    def _used(
-        self, prior: Tensor | None, learned: Tensor | None, valid: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The cues that the config asks for, the prior cut where it says so."""
-        prior = prior if self.config.takes_prior else None
-        if prior is not None and self.config.prior_clip is not None:
-            inside = prior.float().masked_fill(~valid[:, None], torch.nan)
-            prior = prior.minimum(inside.nanquantile(self.config.prior_clip, dim=2, keepdim=True))
-        return prior, learned if self.config.takes_learned else None
-
-    def _fixed(self, prior: Tensor | None, learned: Tensor | None, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """One attention and mask for every picture, from the means kept so far."""
-        mean_prior = None if prior is None else self.mean_prior.expand(len(valid), 1, -1)
-        mean_learned = None if learned is None else self.mean_learned.expand(len(valid), -1)
-        if learned is not None and not bool(self.mean_learned.any()):  # before the first step
-            mean_learned = learned.mean(dim=0).expand(len(valid), -1)
-        return combine(*self._used(mean_prior, mean_learned, valid), valid, self.config.contrast_floor)
-
-    def begin(self, num_tokens: int) -> None:
-        """Before the first step: no learned cue is known yet."""
-        if self.config.noise == "fixed":
-            self.mean_learned = self.mean_learned.new_zeros(num_tokens)
-
-    @torch.no_grad()
-    def keep_prior(self, prior: Tensor, valid: Tensor) -> None:
-        """Before the first step, for "fixed": take priors (B, K, N) of training pictures into the mean."""
-        if self.config.noise != "fixed":
-            return
-        total = joint_prior(prior, valid, self.config.contrast_floor).sum(dim=0)
-        before = self.mean_prior * self._num_priors if self._num_priors else torch.zeros_like(total)
-        self._num_priors += len(prior)
-        self.mean_prior = (before + total) / self._num_priors
-
-    @torch.no_grad()
-    def keep_learned(self, learned: Tensor) -> None:
-        """After a step, for "fixed": take a batch's learned cue (B, N) into the running mean."""
-        if self.config.noise != "fixed":
-            return
-        mean = learned.mean(dim=0)
-        first = not bool(self.mean_learned.any())
-        self.mean_learned = mean.clone() if first else self.mean_learned.lerp(mean, 1 - _FIXED_DECAY)
-
-
-def unit_rms(weights: Tensor, valid: Tensor) -> Tensor:
-    """Weights (B, N) over their root mean square on valid tokens: as a pool's guide they keep its energy."""
-    mean = (weights.square() * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp_min(1)
-    return weights / mean.sqrt().clamp_min(1e-12)

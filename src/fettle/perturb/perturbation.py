@@ -10,8 +10,8 @@ on its config and the shapes alone.
 - A member that drops tokens drops as many as without a guide, rather where the guide is large. It looks at
   the guide's proportions only: twice the guide is the same guide.
 - A token of weight 0 comes back untouched from every member.
-So a guide divided by its root mean square over the valid tokens keeps both the noise's expected energy and
-the number of drops; such a guide may be larger than 1 in places.
+Where noise goes with a token's own size, a guide keeps its expected energy if the sum of (guide_j size_j)^2
+over the valid tokens is that of size_j^2 (`attention.equal_energy`); such a guide may exceed 1 in places.
 """
 
 from __future__ import annotations
