@@ -9,7 +9,7 @@ FETTLE_DATA and FETTLE_WEIGHTS name the folders of pictures and weights. Several
 where no cell is chosen by two of them. Each cell fits on good training pictures and is evaluated on the test
 part after its last step; nothing is chosen by test labels. Cells are named GROUP-DATA-ARM-SEED:
 
-- oneclass: a model a product.
+- oneclass: a model a product; PatchCore's and PaDiM's records are those of accuracy.py.
 - ablation: AGPNet on the screw, one thing changed at a time. "attention" has noise at both levels, both cues,
   a contrast floor of 1 and two blocks: it is also the "both" of levels and cues, and what every other arm is
   compared with, seed by seed. A difference is called better or worse where it exceeds its own deviation.
@@ -38,6 +38,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
+from fettle.backbones.registry import DEFAULT_BACKBONE
 from fettle.bench import Cell, paired_difference, pasted, read_records, run_cells, spread
 from fettle.bench.copying import diagnose
 from fettle.bench.records import record_path
@@ -48,6 +49,7 @@ from fettle.protocols import Json
 
 RECORDS = Path(__file__).parent / "records" / "agpnet"
 MULTI_CLASS = Path(__file__).parent / "records" / "multi_class"
+ACCURACY = Path(__file__).parent / "records" / "accuracy"
 PRODUCTS = {
     "screw": "split_screw_mixed.csv",
     "magnetic_tile": "split_magnetic_tile.csv",
@@ -100,7 +102,7 @@ def cells() -> Iterator[Cell]:
     """Every cell, the most important first."""
     for seed in SEEDS:
         for data in ALONE:
-            for method in ("agpnet", "patchcore", "uniad", "fpfnet"):
+            for method in ("agpnet", "uniad", "fpfnet"):
                 yield cell("oneclass", data, method, seed, method, steps=STEPS.get(method))
     for seed in SEEDS:
         for arm, settings in FIRST.items():
@@ -195,11 +197,13 @@ def table() -> None:
     for (group, data), arms in groups.items():
         if group == "multi":
             arms |= multi_class_arms()
+        if group == "oneclass":
+            arms |= memory_arms(data)
         against = arms.get(REFERENCE) if group == "ablation" else None
         compared = [f"{name} less attention's" for name in ("image AUROC", "AUPRO")] if against else []
         products = sorted(PRODUCTS) if group == "multi" else []
         measured = ["image AUROC", "pixel AUROC", "pixel AP", "AUPRO", "normalised loss"]
-        diagnosed = ["identity index", "mask correlation", "prior correlation"]
+        diagnosed = ["identity index", "mask correlation", "prior correlation"] if against else []
         columns = ["arm", "seeds", "steps", *measured, *diagnosed, *compared, *products, "fit, min"]
         print(f"\n### {group}: {data}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for arm, runs in arms.items():
@@ -214,6 +218,20 @@ def multi_class_arms() -> dict[str, dict[int, dict[str, Json]]]:
         if data == "real" and arm in ("patchcore", "uniad", "fpfnet"):
             arms.setdefault(arm, {})[int(seed)] = record
     return arms
+
+
+def memory_arms(data: str) -> dict[str, dict[int, dict[str, Json]]]:
+    """Records of PatchCore and PaDiM on the default backbone, on the same pictures, by method and seed."""
+    name = {"screw": "screw_mixed"}.get(data, data)
+    records = read_records(ACCURACY)
+    known = {
+        method: {seed: records.get(f"{name}-{DEFAULT_BACKBONE}-{method}-square-{seed}") for seed in SEEDS}
+        for method in ("patchcore", "padim")
+    }
+    return {
+        method: {seed: record for seed, record in runs.items() if record is not None}
+        for method, runs in known.items()
+    }
 
 
 def row(
@@ -232,9 +250,8 @@ def row(
                 {seed: results(run)[key] for seed, run in part.items()} for part in (runs, against)
             )
             differences.append("" if arm == REFERENCE else str(paired_difference(own, others) or "n/a"))
-    per_product = [
-        cast("dict[str, dict[str, float]]", cast("dict", run["result"]).get("per_product")) for run in ordered
-    ]
+    results_of = [cast("dict[str, Json]", run.get("result", {})) for run in ordered]
+    per_product = [cast("dict[str, dict[str, float]]", result.get("per_product")) for result in results_of]
     return [
         arm,
         str(len(ordered)),
@@ -243,22 +260,28 @@ def row(
         spread([fact(run, "normalised_loss") for run in ordered]),
         *(
             spread([cast("dict[str, float | None]", run.get("extra", {})).get(key) for run in ordered])
-            for key in DIAGNOSES
+            for key in (DIAGNOSES if against else ())
         ),
         *differences,
         *(spread([one[product]["image_auroc"] for one in per_product]) for product in products),
-        f"{sum(cast(float, run['seconds_fit']) for run in ordered) / len(ordered) / 60:.1f}",
+        f"{sum(minutes(run) for run in ordered) / len(ordered):.1f}",
     ]
 
 
 def results(run: Mapping[str, Json]) -> dict[str, float | None]:
-    """Metrics of one product, or their mean over several."""
-    result = cast("dict[str, Json]", run["result"])
+    """Metrics of one product, or their mean over several; the records of accuracy.py are flat."""
+    result = cast("dict[str, Json]", run.get("result", run))
     return cast("dict[str, float | None]", result.get("mean", result))
 
 
+def minutes(run: Mapping[str, Json]) -> float:
+    """Of the fit; in the records of accuracy.py of fit and evaluation."""
+    seconds = cast("float | None", run.get("seconds_fit"))
+    return cast(float, run["minutes"]) if seconds is None else seconds / 60
+
+
 def fact(run: Mapping[str, Json], name: str) -> float | None:
-    return cast("dict[str, float]", run["fit"]).get(name)
+    return cast("dict[str, float]", run.get("fit", {})).get(name)
 
 
 if __name__ == "__main__":
