@@ -215,7 +215,7 @@ def multi_class_arms() -> dict[str, dict[int, dict[str, Json]]]:
     arms: dict[str, dict[int, dict[str, Json]]] = {}
     for name, record in read_records(MULTI_CLASS).items():
         data, arm, seed = name.split("-")
-        if data == "real" and arm in ("patchcore", "uniad", "fpfnet"):
+        if data == "real" and arm in ("patchcore", "uniad", "fpfnet", "uniad_long", "fpfnet_long"):
             arms.setdefault(arm, {})[int(seed)] = record
     return arms
 
