@@ -61,16 +61,11 @@ class _Frozen(nn.Module):
             )
         return (pictures - self.mean) / self.std
 
-    @property
-    def cues(self) -> tuple[str, ...]:
-        """Cues that `features_and_cue` offers, the best first."""
-        raise NotImplementedError
-
-    def check_cue(self, cue: str) -> None:
-        """Refuse a cue that this network does not have. Raises UsageError."""
-        if cue not in self.cues:
-            offered = ", ".join(f"'{name}'" for name in self.cues)
-            raise UsageError(f"Backbone '{self.spec.id}' has no cue '{cue}'.", f"It has {offered}.")
+    def check_cue(self, cue: str, offered: Sequence[str]) -> None:
+        """Refuse a cue that is not among those offered. Raises UsageError."""
+        if cue not in offered:
+            names = ", ".join(f"'{name}'" for name in offered)
+            raise UsageError(f"Backbone '{self.spec.id}' has no cue '{cue}'.", f"It has {names}.")
 
     def extra_repr(self) -> str:
         return f"{self.spec.id}, levels={self.built}"
@@ -108,7 +103,7 @@ class ConvPyramid(_Frozen):
         Returns:
             features by level, and the energy of each level as it is, (B, cue levels, H/16, W/16).
         """
-        self.check_cue(cue)
+        self.check_cue(cue, self.cues)
         features = self(pictures, levels)
         grid = (pictures.shape[-2] // _CUE_STRIDE, pictures.shape[-1] // _CUE_STRIDE)
         without_border = cue == "energy"
@@ -160,7 +155,7 @@ class VisionTransformer(_Frozen):
         Returns:
             features by level, and the cue, (B, 1, h, w).
         """
-        self.check_cue(cue)
+        self.check_cue(cue, self.cues)
         net = cast("TimmViT", self.net)
         prefix = net.num_prefix_tokens
         rows = slice(0, 1) if cue == "cls" else slice(prefix, None)
