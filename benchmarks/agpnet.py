@@ -10,9 +10,10 @@ where no cell is chosen by two of them. Each cell fits on good training pictures
 part after its last step; nothing is chosen by test labels. Cells are named GROUP-DATA-ARM-SEED:
 
 - oneclass: a model a product; PatchCore's and PaDiM's records are those of accuracy.py.
-- ablation: AGPNet on the screw, one thing changed at a time. "attention" has noise at both levels, both cues,
-  a contrast floor of 1 and two blocks: it is also the "both" of levels and cues, and what every other arm is
-  compared with, seed by seed. A difference is called better or worse where it exceeds its own deviation.
+- ablation: AGPNet on the screw, one thing changed at a time, and its first arms on the fabric. "attention"
+  has noise on features, both cues, a contrast floor of 1 and two blocks: it is also the "both" of cues, and
+  what every other arm is compared with, seed by seed. A difference is called better or worse where it exceeds
+  its own deviation.
 - multi: four real products in one model; the other methods' records are those of multi_class.py.
 - shots1, shots2, shots4: few good pictures.
 - backbone: AGPNet on other backbones.
@@ -104,14 +105,15 @@ def cells() -> Iterator[Cell]:
         for data in ALONE:
             for method in ("agpnet", "uniad", "fpfnet"):
                 yield cell("oneclass", data, method, seed, method, steps=STEPS.get(method))
-    for seed in SEEDS:
-        for arm, settings in FIRST.items():
-            yield ablation(arm, seed, settings)
+    for data in ALONE:
+        for seed in SEEDS:
+            for arm, settings in FIRST.items():
+                yield ablation(data, arm, seed, settings)
     for seed in SEEDS:
         yield cell("multi", "real", "agpnet", seed, steps=MULTI_STEPS, multi_class=True)
     for seed in SEEDS:
         for arm, settings in LATER.items():
-            yield ablation(arm, seed, settings)
+            yield ablation("screw", arm, seed, settings)
     for shots in SHOTS:
         for seed in SEEDS:
             for data in ALONE:
@@ -127,11 +129,9 @@ def cells() -> Iterator[Cell]:
                 yield cell("backbone", data, backbone, seed, steps=STEPS["agpnet"], **more)
 
 
-def ablation(arm: str, seed: int, settings: Mapping[str, Json]) -> Cell:
+def ablation(data: str, arm: str, seed: int, settings: Mapping[str, Json]) -> Cell:
     """A cell of the ablation; noise is on features alone unless the arm says otherwise."""
-    return cell(
-        "ablation", "screw", arm, seed, settings={"levels": "feature", **settings}, steps=ABLATION_STEPS
-    )
+    return cell("ablation", data, arm, seed, settings={"levels": "feature", **settings}, steps=ABLATION_STEPS)
 
 
 def cell(
