@@ -30,7 +30,8 @@ class Brightest:
         self.shown.append(pictures)
         grey = pictures.mean(dim=1)
         spot = (grey == grey.amax(dim=(1, 2), keepdim=True)).float()
-        return Explanation({"spot": spot, "error": 2 * spot}, {"calls": len(self.shown)}, "A toy.")
+        maps = {"spot": spot, "error": 2 * spot}
+        return Explanation(maps, {"calls": len(self.shown)}, "A toy.", {"negative": 1 - pictures})
 
 
 def spotted(path: Path, row: int, column: int, height: int = 64, width: int = 64) -> Path:
@@ -86,6 +87,15 @@ def test_maps_lie_on_the_framed_picture(good_folder: Path, tmp_path: Path) -> No
     }
     assert (shown.view[shown.maps["spot"] == 1] == 255).all()
     assert shown.maps["error"].max() == 2 and shown.words == "A toy."
+
+
+def test_pictures_are_in_colour_and_in_the_frame(good_folder: Path, tmp_path: Path) -> None:
+    detector = fitted(good_folder, frame="pad")
+    with_explanations(detector)
+    (answer,) = inspect(detector, spotted(tmp_path / "a.png", 8, 40, 32, 64), explain=True)
+    assert answer.explained is not None
+    assert set(answer.explained.pictures) == {"negative"}
+    assert np.array_equal(answer.explained.pictures["negative"], 255 - answer.explained.view)
 
 
 def test_each_picture_is_explained_alone(good_folder: Path) -> None:

@@ -21,12 +21,23 @@ from fettle.fitting import fit_parts, make_request
 from fettle.gathering import gather_good
 from fettle.images.framing import Frame
 from fettle.inspecting import Inspected, Inspector
-from fettle.inspection import Inspection, Refusal
+from fettle.inspection import ComparedWith, Inspection, Refusal
 from fettle.judging import calibrate_judged, gather_judged, judge
 from fettle.labelled_run import LabelledRun
 from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
-from fettle.protocols import BackboneSpec, Explains, Json, Level, Method, Progress, no_progress, no_words
+from fettle.protocols import (
+    UNUSUAL_TEMPLATE,
+    BackboneSpec,
+    Explains,
+    Json,
+    Level,
+    Method,
+    Progress,
+    no_progress,
+    no_words,
+)
+from fettle.templates import judge_templates, shown_templates, with_template
 
 __all__ = ["Detector", "Inspected"]
 
@@ -164,6 +175,10 @@ class Detector:
             )
         return self.method
 
+    def templates(self) -> list[ComparedWith]:
+        """The good pictures that the method compares others with; none where it compares with none."""
+        return shown_templates(self.method)
+
     def inspect(
         self, paths: Iterable[Path | str], *, product: str = "", batch_size: int = 8
     ) -> Iterator[Inspection | Refusal]:
@@ -283,26 +298,44 @@ class Detector:
         *,
         target_frr: float | None = None,
         group: str | None = None,
+        template: Path | str | None = None,
+        template_product: str = "",
         strict: bool = False,
         progress: Progress = no_progress,
     ) -> Detector:
         """The same model with thresholds from fresh good pictures; the promise is then exact.
 
-        Pictures that the model has learnt from are left out, with a warning on the card.
+        Pictures that the model has learnt from are left out, with a warning on the card. This detector stays
+        as it is.
 
         Args:
             target_frr: share of good parts that may be rejected; None keeps the model's.
+            template: a good picture for the method to compare with from now on. Scores change with it, so
+                every product needs fresh pictures.
+            template_product: the product whose template it replaces; "" where there is one template.
 
         Raises:
-            DataError: no fresh good picture. CalibrationError: `strict`, and too few of them.
+            DataError: no fresh good picture, or none of some product where the template changes.
+            CalibrationError: `strict`, and too few of them.
+            UsageError: a template, and the method takes none. PictureError: it cannot be read.
         """
+        if template_product and template is None:
+            raise UsageError("A template's product is named, but no template.", "Give --template FILE too.")
+        method, changed = self.method, dict[str, Json]()
+        known = cast("list[str]", self.card["picture_keys"])
+        if template is not None:
+            path = Path(template)
+            method, sha256 = with_template(method, path, template_product, self.frame, self.device)
+            known = [*known, sha256[:16]]  # the model now knows this picture too
+            changed["picture_keys"] = cast("list[Json]", known)
+            changed["template_changed"] = {"name": path.name, "sha256": sha256}
         if self.product_calibrations and isinstance(good, Path | str):
             good = self.open_labelled(Path(good))
         gathered = gather_good(
             _good_records(good), group, progress, by_product=bool(self.product_calibrations)
         )
-        known = set(cast("list[str]", self.card["picture_keys"]))
-        fresh = [picture for picture in gathered.pictures if picture.key[:16] not in known]
+        learnt = set(known)
+        fresh = [picture for picture in gathered.pictures if picture.key[:16] not in learnt]
         num_known = len(gathered.pictures) - len(fresh)
         if not fresh:
             raise DataError(
@@ -313,28 +346,43 @@ class Detector:
             self.calibration_of(name)  # an unknown product is refused before the work
         refused: list[Refusal] = []
         views = judge(
-            self.method, fresh, self.frame, device=self.device, progress=progress, refused=refused.append
+            method, fresh, self.frame, device=self.device, progress=progress, refused=refused.append
         )
+        judged = gather_judged(views, len(fresh))
+        product_of = {picture.key: picture.product for picture in fresh if self.product_calibrations}
         calibrations = calibrate_judged(
-            gather_judged(views, len(fresh)),
-            {picture.key: picture.product for picture in fresh} if self.product_calibrations else {},
+            judged,
+            product_of,
             mode="holdout",
             target_frr=self.calibration.alpha_reject if target_frr is None else target_frr,
             grouped=gathered.column is not None,
             strict=strict,
         )
         warnings: list[Json] = [*self.warnings()]
+        if template is not None:
+            if judged.energies is not None:
+                method.settle(judged.energies)
+            products = [product_of.get(key, "") for key in judged.keys]
+            templates = judge_templates(method, judged.scores, products, self.device)
+            changed["templates"] = templates.card
+            former = [warning for warning in self.warnings() if not warning.startswith(UNUSUAL_TEMPLATE)]
+            warnings = [*former, *templates.warnings]
         if num_known:
             warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
         unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
         warnings += unread
         kept = sorted(set(self.product_calibrations) - set(calibrations.by_product))
         if kept:
+            if template is not None:
+                raise DataError(
+                    f"The template changes, and there is no fresh picture of {', '.join(kept)}.",
+                    "Give good pictures of each product that the model knows.",
+                )
             warnings.append(f"No fresh picture of {', '.join(kept)}: the former thresholds stay.")
         promise = " ".join(calibrations.shared.sentences())
-        changed: dict[str, Json] = {"calibration_refused": unread, "promise": promise, "warnings": warnings}
+        changed |= {"calibration_refused": unread, "promise": promise, "warnings": warnings}
         return Detector(
-            self.method,
+            method,
             self.frame,
             calibrations.shared,
             {**self.card, **changed},

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from fettle.errors import UsageError
+from fettle.images.decode import read_picture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
 from fettle.memory import give_back
-from fettle.protocols import FeatureBatch, Method, Progress
+from fettle.protocols import FeatureBatch, FramedPicture, Method, Progress
 
 _MIB = 1 << 20
 _TRIM_EVERY = 4  # batches
@@ -34,6 +37,41 @@ def in_stream_order(pictures: Sequence[GoodPicture]) -> list[GoodPicture]:
     for picture in sorted(pictures, key=lambda picture: picture.key):
         first_key.setdefault(picture.group, picture.key)
     return sorted(pictures, key=lambda picture: (first_key[picture.group], picture.key))
+
+
+def framed_picture(path: Path | str, frame: Frame, device: str) -> FramedPicture:
+    """A picture file as the network sees it, alone.
+
+    Raises:
+        UsageError: the frame cuts pictures into tiles: none is seen whole.
+        PictureError: it cannot be read.
+    """
+    if frame.mode == "tile":
+        raise UsageError(
+            f"'{path}' cannot be framed whole: this model cuts its pictures into tiles.",
+            "Fit one with --frame auto.",
+        )
+    picture = read_picture(path)
+    placed = frame.place(picture)
+    return FramedPicture(
+        torch.from_numpy(placed.views).to(device),
+        torch.from_numpy(placed.valid).to(device),
+        picture.sha256,
+        picture.size,
+        keeps_aspect=frame.mode != "stretch",
+    )
+
+
+def feature_batch(features: dict[str, Tensor], valid: Tensor, owners: Sequence[GoodPicture]) -> FeatureBatch:
+    """Features of some views, with the names of the picture that each is of."""
+    return FeatureBatch(
+        features,
+        valid,
+        keys=tuple(owner.key for owner in owners),
+        groups=tuple(owner.group for owner in owners),
+        paths=tuple(str(owner.path) for owner in owners),
+        products=tuple(owner.product for owner in owners),
+    )
 
 
 class GoodFeatures:
@@ -79,6 +117,10 @@ class GoodFeatures:
     @property
     def refusals(self) -> list[Refusal]:
         return list(self._refused.values())
+
+    def framed(self, path: str) -> FramedPicture:
+        """Any picture file in the frame of these pictures. Raises as `framed_picture` does."""
+        return framed_picture(path, self._frame, self._device)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         done = 0
@@ -132,6 +174,5 @@ class GoodFeatures:
             for i in range(0, len(views), self._batch_size)
         ]
         features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        keys = tuple(item.item.key for item in pending for _ in item.placed.views)
-        groups = tuple(item.item.group for item in pending for _ in item.placed.views)
-        return FeatureBatch(features, valid.to(self._device), keys, groups)
+        owners = [item.item for item in pending for _ in item.placed.views]
+        return feature_batch(features, valid.to(self._device), owners)

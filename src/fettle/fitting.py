@@ -26,7 +26,8 @@ from fettle.images.decode import read_mask
 from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_frame
 from fettle.judging import CalibrationMode, Calibrations, Fitter, calibrate_judged
 from fettle.methods.registry import find_method, make_config
-from fettle.protocols import Json, Method, Progress, Run
+from fettle.protocols import Json, Method, Progress, Run, Templated
+from fettle.templates import judge_templates
 from fettle.training import TrainingConfig, process_device
 
 
@@ -198,6 +199,8 @@ def fit_parts(
         strict=request.strict,
         folds=judged.folds,
     )
+    products = [product_of.get(key, "") for key in judged.keys]
+    templates = judge_templates(method, judged.scores, products, run.device)
     refused = good.refused + fitter.refusals
     card: dict[str, Json] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -217,7 +220,8 @@ def fit_parts(
         },
         "picture_keys": [picture.key[:16] for picture in good.pictures],
         "fit": judged.record.facts,
-        "warnings": [*judged.record.warnings, *_product_warnings(dataset, request)],
+        **({"templates": templates.card} if isinstance(method, Templated) else {}),
+        "warnings": [*judged.record.warnings, *templates.warnings, *_product_warnings(dataset, request)],
         "promise": " ".join(calibrations.shared.sentences()),
     }
     return FittedParts(method, judged.fold_methods, frame, calibrations, card)

@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fettle.calibration import Calibration, RegionRules, find_regions
-from fettle.images.framing import Frame, Placed
+from fettle.images.framing import Frame, Placed, from_input
 from fettle.images.loading import Loaded, load_framed
 from fettle.images.picture import Picture
 from fettle.inspection import Explained, Inspection, Refusal, Region
-from fettle.protocols import Explains, Method
+from fettle.protocols import Explains, Method, Remarks
 
 Item = TypeVar("Item")
 
@@ -33,6 +33,18 @@ class Inspected(Generic[Item]):
     picture: Picture
     inspection: Inspection
     explained: Explained | None = None
+
+
+class _Seen(NamedTuple):
+    """A method's answers for some views: maps (n, H, W), scores (n,), and remarks (n, R) where it has any."""
+
+    maps: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    remarks: NDArray[np.float32] | None
+
+    def of(self, views: slice) -> _Seen:
+        remarks = None if self.remarks is None else self.remarks[views]
+        return _Seen(self.maps[views], self.scores[views], remarks)
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ class Inspector(Generic[Item]):
             views = np.concatenate([item.placed.views for item in loaded])
             valid = np.concatenate([item.placed.valid for item in loaded])
             start = time.perf_counter()
-            maps, scores = self._run(self.methods[0], views, valid)
-            fold_scores = [self._run(fold, views, valid)[1] for fold in self.methods[1:]]
+            seen = self._run(self.methods[0], views, valid)
+            fold_scores = [self._run(fold, views, valid).scores for fold in self.methods[1:]]
             compute = (time.perf_counter() - start) / len(views)
         first = 0
         for item in waiting:
@@ -90,22 +102,22 @@ class Inspector(Generic[Item]):
                 continue
             own = slice(first, first + len(item.placed.views))
             of_folds = [float(of_fold[own].max()) for of_fold in fold_scores]
-            yield self._answer(item, maps[own], scores[own], of_folds, compute)
+            yield self._answer(item, seen.of(own), of_folds, compute)
             first = own.stop
 
     def _answer(
         self,
         loaded: Loaded[Item],
-        maps: NDArray[np.float32],
-        scores: NDArray[np.float32],
+        seen: _Seen,
         fold_scores: Sequence[float],
         seconds: float,
     ) -> Inspected[Item] | tuple[Item, Refusal]:
-        """One picture's answer from its views' maps (n, H, W) and scores (n,)."""
+        """One picture's answer from what was seen in its views."""
         start = time.perf_counter()
         path, product = self.path_of(loaded.item), self.product_of(loaded.item)
-        own_map, valid = self.frame.restore(maps, loaded.placed, loaded.picture.size)
-        score = float(scores.max())
+        own_map, valid = self.frame.restore(seen.maps, loaded.placed, loaded.picture.size)
+        number = int(seen.scores.argmax())
+        score = float(seen.scores[number])
         if not np.isfinite(score):
             reason = f"'{path}' got no finite score from the model. Look at its pixels."
             return loaded.item, Refusal(str(path), reason)
@@ -116,18 +128,17 @@ class Inspector(Generic[Item]):
             regions = find_regions(own_map, valid, threshold, **asdict(self.rules))
         times = {
             "decode": loaded.seconds,
-            "compute": seconds * len(maps),
+            "compute": seconds * len(seen.maps),
             "regions": time.perf_counter() - start,
         }
-        notes = loaded.picture.notes + loaded.placed.notes
+        notes = loaded.picture.notes + loaded.placed.notes + self._remarks(seen, number)
         explained = None
         if self.explainer is not None:
             start = time.perf_counter()
-            number = int(scores.argmax())
             explained = self._explain(self.explainer, loaded.placed, number)
             times["explain"] = time.perf_counter() - start
-            if len(maps) > 1:
-                notes += (f"explained: tile {number + 1} of {len(maps)}, which has the highest score",)
+            if len(seen.maps) > 1:
+                notes += (f"explained: tile {number + 1} of {len(seen.maps)}, which has the highest score",)
         inspection = Inspection(
             path=str(path),
             score=score,
@@ -142,6 +153,13 @@ class Inspector(Generic[Item]):
         )
         return Inspected(loaded.item, loaded.picture, inspection, explained)
 
+    def _remarks(self, seen: _Seen, number: int) -> tuple[str, ...]:
+        """What the method says of one view."""
+        method = self.methods[0]
+        if seen.remarks is None or not isinstance(method, Remarks):
+            return ()
+        return method.remark(seen.remarks[number].tolist())
+
     @torch.no_grad()
     def _explain(self, explainer: Explains, placed: Placed, number: int) -> Explained:
         """The inner view of one view of a picture, alone: batch mates then change nothing in it."""
@@ -150,18 +168,17 @@ class Inspector(Generic[Item]):
             torch.from_numpy(view[None]).to(self.device), torch.from_numpy(valid[None]).to(self.device)
         )
         return Explained(
-            view=np.rint(view.transpose(1, 2, 0) * 255).astype(np.uint8),
+            view=from_input(view),
             valid=valid[0],
             maps={name: values[0].float().cpu().numpy() for name, values in found.maps.items()},
             numbers=found.numbers,
             words=found.words,
+            pictures={name: from_input(own[0].float().cpu().numpy()) for name, own in found.pictures.items()},
         )
 
     @torch.inference_mode()
-    def _run(
-        self, method: Method, views: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Views (n, 3, H, W) -> maps (n, H, W) and scores (n,)."""
+    def _run(self, method: Method, views: NDArray[np.float32], valid: NDArray[np.bool_]) -> _Seen:
+        """What a method answers for views (n, 3, H, W), a batch after another."""
         size = self.batch_size
         answers = [
             method(
@@ -170,5 +187,9 @@ class Inspector(Generic[Item]):
             )
             for i in range(0, len(views), size)
         ]
-        maps = torch.cat([a.anomaly_map for a in answers]).cpu().numpy()
-        return maps, torch.cat([a.score for a in answers]).cpu().numpy()
+        remarks = [a.remarks for a in answers if a.remarks is not None]
+        return _Seen(
+            torch.cat([a.anomaly_map for a in answers]).cpu().numpy(),
+            torch.cat([a.score for a in answers]).cpu().numpy(),
+            torch.cat(remarks).cpu().numpy() if remarks else None,
+        )

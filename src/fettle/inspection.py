@@ -80,6 +80,7 @@ class Explained:
         maps: float32 (H, W) by name, in 0..1; "error" is on the anomaly map's own scale.
         numbers: shown beside the maps.
         words: one sentence on what the maps are and are not.
+        pictures: uint8 (H, W, 3) by name, shown in their own colours.
     """
 
     view: NDArray[np.uint8]
@@ -87,6 +88,22 @@ class Explained:
     maps: Mapping[str, NDArray[np.float32]]
     numbers: Mapping[str, object]
     words: str
+    pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ComparedWith:
+    """A good picture that a method compares others with, in the frame that the network saw.
+
+    Attributes:
+        name: of its file, without the folder.
+        product: what it shows; "" where that is not known.
+        pixels: uint8 (H, W, 3).
+    """
+
+    name: str
+    product: str
+    pixels: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

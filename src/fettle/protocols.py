@@ -53,10 +53,16 @@ class BackboneSpec:
 
 
 class Maps(NamedTuple):
-    """Final answers of a method: anomaly map (B, H, W) in framed px, and score (B,)."""
+    """Final answers of a method.
+
+    Attributes:
+        anomaly_map: (B, H, W), framed px. score: (B,).
+        remarks: (B, R) numbers that a method which `Remarks` puts into words; None: it has none.
+    """
 
     anomaly_map: Tensor
     score: Tensor
+    remarks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,32 @@ class FeatureBatch(NamedTuple):
     """Clean features of some good pictures, as `Method.features` gave them.
 
     `keys` names each picture (hash of its file), `groups` says which pictures belong together
-    (the same part, lot, ...); without groups each picture is its own.
+    (the same part, lot, ...); without groups each picture is its own. `paths` are the files, and `products`
+    what they show, where that is known.
     """
 
     features: dict[str, Tensor]
     valid: Tensor  # (B, 1, H, W) bool, framed px
     keys: tuple[str, ...]
     groups: tuple[str, ...]
+    paths: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
+
+
+class FramedPicture(NamedTuple):
+    """One picture as the network sees it.
+
+    Attributes:
+        pixels: (1, 3, H, W) in 0..1. valid: (1, 1, H, W) bool.
+        sha256: hash of the file's bytes. size: height and width of the picture itself, px.
+        keeps_aspect: False where the frame fills its sides whatever the picture's aspect.
+    """
+
+    pixels: Tensor
+    valid: Tensor
+    sha256: str
+    size: tuple[int, int]
+    keeps_aspect: bool
 
 
 class FeatureStream(Protocol):
@@ -111,6 +136,13 @@ class FeatureStream(Protocol):
     @property
     def num_pictures(self) -> int: ...
     def __iter__(self) -> Iterator[FeatureBatch]: ...
+    def framed(self, path: str) -> FramedPicture:
+        """Any picture file in the frame of these pictures, on the run's device.
+
+        Raises:
+            PictureError: it cannot be read.
+        """
+        ...
 
 
 def stream_seed(name: str) -> int:
@@ -269,6 +301,53 @@ class LeavesOut(Protocol):
         ...
 
 
+@runtime_checkable
+class Remarks(Protocol):
+    """A method that has something to say of each picture that it judged."""
+
+    def remark(self, numbers: Sequence[float]) -> tuple[str, ...]:
+        """Notes from one row of `Maps.remarks`."""
+        ...
+
+
+class Template(NamedTuple):
+    """A good picture that every other is compared with.
+
+    Attributes:
+        name: of its file, without the folder. sha256: of the file's bytes. product: "" where not known.
+        pixels: (3, H, W) in 0..1, framed. valid: (1, H, W) bool.
+    """
+
+    name: str
+    sha256: str
+    product: str
+    pixels: Tensor
+    valid: Tensor
+
+
+UNUSUAL_TEMPLATE = "Unusual template"
+"""How each warning of a template begins, so that it goes when the template does."""
+
+
+@runtime_checkable
+class Templated(Protocol):
+    """A method that compares with pictures which a person should look at."""
+
+    def templates(self) -> list[Template]:
+        """Those in use, none where the template is no picture."""
+        ...
+
+    def set_template(self, picture: FramedPicture, name: str, product: str = "") -> None:
+        """Put another picture in place of a product's one template; thresholds and the scale of
+        `patch_energy` must be set anew then. `product` "" means the only template there is.
+
+        Raises:
+            ConfigError: there is no template of that product, there are several, or the picture's aspect
+                does not fit the frame.
+        """
+        ...
+
+
 class Explanation(NamedTuple):
     """Pictures of a method's inner view, and what belongs beside them.
 
@@ -276,11 +355,13 @@ class Explanation(NamedTuple):
         maps: (B, H, W) by name, framed px, in 0..1; "error" is on the anomaly map's own scale.
         numbers: shown beside the pictures.
         words: one sentence on what the maps are and are not.
+        pictures: (B, 3, H, W) by name, framed px, in 0..1: shown in their own colours.
     """
 
     maps: dict[str, Tensor]
     numbers: dict[str, Json]
     words: str
+    pictures: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
 
 
 @runtime_checkable
@@ -329,11 +410,13 @@ class Batch(NamedTuple):
         features: clean features as `Method.features` gives them, rounded through half precision.
         valid: (B, 1, H, W) bool, framed px.
         pictures: (B, 3, H, W) in 0..1 where the step needs them, else None.
+        products: of each picture, where that is known.
     """
 
     features: dict[str, Tensor]
     valid: Tensor
     pictures: Tensor | None = None
+    products: tuple[str, ...] = ()
 
 
 class Loss(NamedTuple):

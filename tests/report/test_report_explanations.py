@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +135,42 @@ def test_rows_name_their_explanations_and_run_json_keeps_the_words_once(tmp_path
     with (tmp_path / "inspections.csv").open(encoding="utf-8", newline="") as file:
         assert [row["explanation"] or None for row in csv.DictReader(file)] == expected
     assert read_run(tmp_path)["explanation"] == {
+        "pictures": [],
         "maps": ["prior", "error"],
         "numbers": {"alpha": [0.0, 0.6], "beta": 0.1},
         "words": WORDS,
     }
     with Image.open(tmp_path / "explanations/000001_a.jpg") as drawn:
         assert drawn.size == (3 * EXPLAINED_SIDE + 2 * PANE_GAP, LABEL_HEIGHT + EXPLAINED_SIDE)
+
+
+def with_pictures(shown: Explained, **pictures: NDArray[np.uint8]) -> Explained:
+    return replace(shown, pictures=pictures)
+
+
+def test_pictures_stand_in_their_colours_between_the_picture_and_the_maps() -> None:
+    red, blue = (np.full((48, 48, 3), colour, np.uint8) for colour in ((200, 10, 10), (10, 10, 200)))
+    drawn = draw_explanation(with_pictures(explained(mask=flat(0)), first=red, second=blue), None)
+    colours = [(100, 100, 100), (200, 10, 10), (10, 10, 200), tuple(heat_ramp()[0])]
+    for number, colour in enumerate(colours):
+        assert (pane(drawn, number, 4) == colour).all()
+
+
+def test_a_picture_may_be_named_as_a_map_is() -> None:
+    shown = with_pictures(explained(picture=flat(1)), picture=np.full((48, 48, 3), 7, np.uint8))
+    drawn = draw_explanation(shown, None)
+    for number, colour in enumerate([(100, 100, 100), (7, 7, 7), tuple(heat_ramp()[255])]):
+        assert (pane(drawn, number, 3) == colour).all()
+
+
+def test_run_json_and_the_page_name_the_pictures(tmp_path: Path) -> None:
+    shown = with_pictures(explained(taken=flat(1)), own_template=np.zeros((48, 48, 3), np.uint8))
+    with run_of(tmp_path) as run:
+        add(run, "a.png", shown)
+    assert read_run(tmp_path)["explanation"]["pictures"] == ["own_template"]  # type: ignore[index,call-overload]
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "network saw it, then in full colour: own template; then: taken. Dark is 0" in page
+    assert "and its own_template, taken: a.png" in page
 
 
 def test_a_new_run_removes_former_explanations_and_nothing_else(tmp_path: Path) -> None:
@@ -223,9 +254,9 @@ def test_the_page_shows_no_row_that_was_not_written(tmp_path: Path) -> None:
 
 def test_what_a_method_says_is_never_an_element(tmp_path: Path) -> None:
     evil = '"><script>alert(1)</script>'
-    shown = explained(**{evil: flat(1)})
+    shown = with_pictures(explained(**{evil: flat(1)}), **{evil: np.zeros((48, 48, 3), np.uint8)})
     with run_of(tmp_path) as run:
-        add(run, "a.png", Explained(shown.view, shown.valid, shown.maps, {evil: evil}, evil))
+        add(run, "a.png", replace(shown, numbers={evil: evil}, words=evil))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert page.count("<script>") == 1
-    assert page.count("&lt;script&gt;alert(1)") >= 4
+    assert page.count("&lt;script&gt;alert(1)") >= 6

@@ -1,4 +1,4 @@
-"""fettle calibrate: set a model's thresholds anew on fresh good pictures."""
+"""fettle calibrate: set a model's thresholds anew on fresh good pictures, with another template too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def calibrate(
     target_frr: Annotated[
         float | None, typer.Option(help="Share of good parts that may be rejected; default: as before.")
     ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="Good picture to compare with from now on, in place of the former.")
+    ] = None,
+    template_of: Annotated[
+        str, typer.Option(help="With --template: the product whose template it replaces.")
+    ] = "",
     strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -30,7 +36,12 @@ def calibrate(
     start = time.perf_counter()
     with Screen() as screen:
         detector = Detector.load(model).recalibrated(
-            good, target_frr=target_frr, strict=strict, progress=screen.progress
+            good,
+            target_frr=target_frr,
+            template=template,
+            template_product=template_of,
+            strict=strict,
+            progress=screen.progress,
         )
         detector.save(out)
         for warning in detector.warnings():

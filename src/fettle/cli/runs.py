@@ -39,7 +39,13 @@ def open_run(
         detector.explainer()
     calibration = detector.calibration_of(product)
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
-    return RunWriter(out, card=detector.describe(product), thresholds=thresholds, overlays=overlays)
+    return RunWriter(
+        out,
+        card=detector.describe(product),
+        thresholds=thresholds,
+        overlays=overlays,
+        templates=detector.templates(),
+    )
 
 
 def add_or_refuse(
@@ -68,7 +74,7 @@ def add_or_refuse(
 
 def leave_out_own(pictures: Sequence[Path], out: Path, screen: Screen) -> list[Path]:
     """The pictures without those that a former run has drawn into OUT, which lies among them."""
-    drawn = {out.absolute() / name for name in ("panels", "overlays", "explanations")}
+    drawn = {out.absolute() / name for name in ("panels", "overlays", "explanations", "templates")}
     rest = [path for path in pictures if path.absolute().parent not in drawn]
     if len(rest) < len(pictures):
         screen.say(f"Note: {len(pictures) - len(rest)} pictures in {out} are a former run's, and left out.")

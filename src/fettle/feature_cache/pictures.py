@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fettle.errors import DataError
 from fettle.feature_cache.store import FeatureCache, half_precision
-from fettle.feature_stream import GoodPicture, in_stream_order
+from fettle.feature_stream import GoodPicture, feature_batch, framed_picture, in_stream_order
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
 from fettle.memory import give_back
-from fettle.protocols import Backbone, Batch, FeatureBatch, Run, Trained
+from fettle.protocols import Backbone, Batch, FeatureBatch, FramedPicture, Run, Trained
 
 _SCHEMA = 1  # of the files and of what is in a key: a change here makes every old file a stranger
 _TRIM_EVERY = 4  # batches
@@ -159,6 +159,10 @@ class TrainingPictures:
         if not self._first_views:
             self._first_views = [0, *accumulate(counts)]
 
+    def framed(self, path: str) -> FramedPicture:
+        """Any picture file in the frame of these pictures. Raises as `framed_picture` does."""
+        return framed_picture(path, self._frame, self._run.device)
+
     def batch(self, indices: Sequence[int], *, pictures: bool = False) -> Batch:
         """Views by number, in the order asked for, on the run's device.
 
@@ -192,7 +196,8 @@ class TrainingPictures:
         together = {name: torch.cat([kept[place][name] for place in places]) for name in kept[places[0]]}
         features, inside = self._on_device(together)
         shown = torch.cat([pixels[place] for place in places]).to(self._run.device) if pictures else None
-        return Batch(features, inside, shown)
+        products = tuple(self._pictures[number].product for number, _ in places)
+        return Batch(features, inside, shown, products)
 
     def _numbering(self) -> list[int]:
         if not self._first_views:
@@ -256,9 +261,7 @@ class TrainingPictures:
         parts = [{_VALID: item.valid, **(item.features or {})} for item in pending]
         together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         features, valid = self._on_device(together)
-        keys = tuple(item.picture.key for item in pending for _ in item.valid)
-        groups = tuple(item.picture.group for item in pending for _ in item.valid)
-        return FeatureBatch(features, valid, keys, groups)
+        return feature_batch(features, valid, [item.picture for item in pending for _ in item.valid])
 
     @torch.no_grad()
     def _compute(self, views: Tensor, valid: Tensor, owners: Sequence[GoodPicture]) -> dict[str, Tensor]:

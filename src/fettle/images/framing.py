@@ -348,6 +348,12 @@ def _to_input(pixels: Pixels) -> NDArray[np.float32]:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / full_scale
 
 
+def from_input(view: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Network input, (3, H, W) in 0..1, as pixels (H, W, 3) for people."""
+    pixels: NDArray[np.uint8] = np.rint(view.transpose(1, 2, 0).clip(0, 1) * 255).astype(np.uint8)
+    return pixels
+
+
 def _resize_valid(valid: NDArray[np.bool_], height: int, width: int) -> NDArray[np.bool_]:
     """A mask at another size: nearest pixel."""
     if valid.shape == (height, width):

@@ -34,11 +34,14 @@ def label_of(name: str, pixel_threshold: float | None) -> str:
     return f"{words} / {'pixel threshold' if scale_is_fixed(pixel_threshold) else 'its maximum'}"
 
 
-def explanation_caption(maps: Sequence[str], pixel_threshold: float | None) -> str:
+def explanation_caption(
+    maps: Sequence[str], pixel_threshold: float | None, pictures: Sequence[str] = ()
+) -> str:
     """What the row and its colours mean, in sentences."""
-    names = ", ".join(name.replace("_", " ") for name in maps)
+    names, coloured = (", ".join(name.replace("_", " ") for name in some) for some in (maps, pictures))
     caption = (
-        f"The row below each strip shows the picture as the network saw it, then: {names}. "
+        "The row below each strip shows the picture as the network saw it, "
+        f"{f'then in full colour: {coloured}; ' if coloured else ''}then: {names}. "
         "Dark is 0, bright is 1 and more."
     )
     if ERROR not in maps:
@@ -49,7 +52,7 @@ def explanation_caption(maps: Sequence[str], pixel_threshold: float | None) -> s
 
 
 def draw_explanation(explained: Explained, pixel_threshold: float | None) -> NDArray[np.uint8]:
-    """The framed picture and its maps side by side, each with its name above; uint8.
+    """The framed picture, other pictures and its maps side by side, each with its name above; uint8.
 
     Each pane is 240 px on its longer side. A map is shrunk by the mean of each block: a mask keeps its share
     of the picture. One colour scale for all: darkest at 0, brightest from 1 on. "error" is divided by the
@@ -62,12 +65,18 @@ def draw_explanation(explained: Explained, pixel_threshold: float | None) -> NDA
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     dimmed = np.where(explained.valid[..., None], explained.view, explained.view * 0.45).astype(np.uint8)
     filtered = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    panes = {"picture": np.asarray(Image.fromarray(dimmed).resize((columns, rows), filtered))}
+    panes = [
+        (label, np.asarray(Image.fromarray(pixels).resize((columns, rows), filtered)))
+        for label, pixels in (
+            ("picture", dimmed),
+            *((label_of(name, None), pixels) for name, pixels in explained.pictures.items()),
+        )
+    ]
     for name, values in explained.maps.items():
         shares = _in_unit_range(values, pixel_threshold if name == ERROR else 1.0)
         small = Image.fromarray(shares).resize((columns, rows), Image.Resampling.BOX)
         index = np.rint(np.asarray(small) * 255).astype(np.uint8)
-        panes[label_of(name, pixel_threshold)] = heat_ramp()[index]
+        panes.append((label_of(name, pixel_threshold), heat_ramp()[index]))
     font = ImageFont.load_default(_LABEL_SIZE)
     return _side_by_side(panes, font)
 
@@ -81,17 +90,17 @@ def _in_unit_range(values: NDArray[np.float32], unit: float | None) -> NDArray[n
 
 
 def _side_by_side(
-    panes: dict[str, NDArray[np.uint8]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    panes: Sequence[tuple[str, NDArray[np.uint8]]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> NDArray[np.uint8]:
     """Panes of one size in a row, each under its label; a pane narrower than a label gets more room."""
     from PIL import Image, ImageDraw
 
-    rows, columns = next(iter(panes.values())).shape[:2]
-    room = max(columns, *(int(font.getlength(label)) + 8 for label in panes))
+    rows, columns = panes[0][1].shape[:2]
+    room = max(columns, *(int(font.getlength(label)) + 8 for label, _ in panes))
     size = (len(panes) * (room + PANE_GAP) - PANE_GAP, LABEL_HEIGHT + rows)
     drawn = Image.new("RGB", size, (_GROUND,) * 3)
     pen = ImageDraw.Draw(drawn)
-    for number, (label, pane) in enumerate(panes.items()):
+    for number, (label, pane) in enumerate(panes):
         left = number * (room + PANE_GAP)
         pen.text((left + 4, 2), label, _LABEL_COLOUR, font)
         drawn.paste(Image.fromarray(pane), (left, LABEL_HEIGHT))

@@ -16,6 +16,7 @@ from fettle.errors import FettleError
 from fettle.inspection import Verdict
 from fettle.protocols import Json
 from fettle.report import plots, tables
+from fettle.report.compared import KeptTemplate, read_templates
 from fettle.report.explanations import explanation_caption
 from fettle.report.overlays import CONTOUR_COLOUR, MASK_COLOUR, heat_caption, heat_ramp, scale_is_fixed
 from fettle.report.rows import Row, printable, read_rows
@@ -148,9 +149,7 @@ def template_environment() -> Environment:
     return environment
 
 
-def _context(
-    out: Path, run: Mapping[str, Json], digest: _Digest, environment: Environment
-) -> dict[str, object]:
+def _context(out: Path, run: dict[str, Json], digest: _Digest, environment: Environment) -> dict[str, object]:
     """Everything that the template shows."""
     from markupsafe import Markup
 
@@ -182,6 +181,7 @@ def _context(
         "gallery": _cards(out, digest.top),
         "num_judged": digest.counts.judged,
         "refusals": [(printable(row.path), printable(row.refusal or "")) for row in digest.refusals],
+        "templates": _templates(out, run),
         "model_card": {**card, "thresholds": dict(thresholds)},
         "heat": _heat_legend(cuts["pixel"]),
         "explanation": _explanation(_mapping(run.get("explanation")), cuts["pixel"]),
@@ -251,6 +251,12 @@ def _card(out: Path, row: Row) -> Card:
     )
 
 
+def _templates(out: Path, run: dict[str, Json]) -> list[tuple[KeptTemplate, tuple[int, int]]]:
+    """The pictures that the method compares with, and their sizes; those alone that are there."""
+    sized = [(template, _picture_size(out, template.file)) for template in read_templates(run)]
+    return [(template, size) for template, size in sized if size is not None]
+
+
 def _picture_size(out: Path, name: str | None) -> tuple[int, int] | None:
     """(width, height) of a picture file from its header; None where a killed run left none."""
     from PIL import Image
@@ -292,12 +298,11 @@ def _explanation(kept: Mapping[str, Json], pixel_threshold: float | None) -> dic
     """What the run keeps of its explanations, in words; None where there are none."""
     if not kept:
         return None
-    names = kept.get("maps")
-    maps = [printable(str(name)) for name in names] if isinstance(names, list) else []
+    maps, pictures = (_words(kept.get(name)) for name in ("maps", "pictures"))
     return {
-        "caption": explanation_caption(maps, pixel_threshold),
+        "caption": explanation_caption(maps, pixel_threshold, pictures),
         "gradient": _gradient(),
-        "maps": ", ".join(maps),
+        "shown": ", ".join([*pictures, *maps]),
         "numbers": _mapping(kept.get("numbers")),
         "words": printable(str(kept.get("words") or "")),
     }
@@ -318,6 +323,10 @@ def _source(environment: Environment, name: str) -> str:
     if environment.loader is None:
         raise AssertionError("the environment of the report has its templates")
     return environment.loader.get_source(environment, name)[0]
+
+
+def _words(value: Json) -> list[str]:
+    return [printable(str(word)) for word in value] if isinstance(value, list) else []
 
 
 def _mapping(value: Json) -> dict[str, Json]:

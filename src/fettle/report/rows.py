@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fettle.errors import DataError
 from fettle.inspection import Inspection, Refusal, Region, Verdict
@@ -141,6 +141,11 @@ def read_rows(out: Path) -> Iterator[Row]:
 def printable(text: str) -> str:
     """The text with what is no Unicode written as an escape, so that every file and page can hold it."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def safe_stem(path: str) -> str:
+    """A file name without suffix from a picture's name: letters, digits, . _ - and never nothing."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", PurePath(path).stem)[:60].strip("._") or "picture"
 
 
 def _for_spreadsheet(text: str) -> str:

@@ -7,20 +7,20 @@ OUT/inspections.parquet   the same rows, made at the end
 OUT/panels/*.jpg          picture, heat map and contours side by side
 OUT/overlays/*.png        heat and contours at the picture's own size, where asked for
 OUT/explanations/*.jpg    the method's inner view of the framed picture, where asked for
+OUT/templates/*.png       the pictures that the method compares with, where it does
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from fettle import __version__
 from fettle.errors import DataError, FettleError, PictureError, UsageError
-from fettle.inspection import Explained, Inspection, Refusal, Verdict
+from fettle.inspection import ComparedWith, Explained, Inspection, Refusal, Verdict
 from fettle.protocols import Json
+from fettle.report.compared import kept_templates, read_templates, write_templates
 from fettle.report.explanations import draw_explanation
 from fettle.report.overlays import Pixels, draw_overlay, draw_panel
 from fettle.report.rows import (
@@ -40,6 +41,7 @@ from fettle.report.rows import (
     printable,
     read_rows,
     refused_row,
+    safe_stem,
     write_csv,
     write_parquet,
 )
@@ -87,12 +89,21 @@ class RunWriter:
             calibration's promise in words, `card["name"]` the model's name.
         thresholds: the calibration's cuts.
         overlays: also write OUT/overlays/NAME.png at each picture's own size.
+        templates: the pictures that the method compares with.
 
     Raises:
         UsageError: OUT is a file, can't be written, or holds a `run.json` of something else.
     """
 
-    def __init__(self, out: Path, *, card: dict[str, Json], thresholds: Thresholds, overlays: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        card: dict[str, Json],
+        thresholds: Thresholds,
+        overlays: bool,
+        templates: Sequence[ComparedWith] = (),
+    ) -> None:
         self.out = out
         self._card = card
         self._thresholds = thresholds
@@ -104,12 +115,14 @@ class RunWriter:
         self._summary: RunSummary | None = None
         self._failed: list[tuple[int, str, Exception]] = []  # with the picture's number
         self._explanation: dict[str, object] | None = None
+        self._templates = kept_templates(templates)
         with _writing(out):
             _clear_former_run(out)
             (out / "panels").mkdir(parents=True, exist_ok=True)
             if overlays:
                 (out / "overlays").mkdir(exist_ok=True)
             self._write_run_json(complete=False, metrics=None)
+            write_templates(out, templates)
             self._lines = (out / JSONL).open("w", encoding="utf-8")
         self._places = threading.BoundedSemaphore(_NUM_THREADS + _NUM_WAITING)
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="panels")
@@ -219,7 +232,12 @@ class RunWriter:
 
     def _begin_explanations(self, first: Explained) -> None:
         """Their folder, and in run.json what is the same for all of them."""
-        self._explanation = {"maps": list(first.maps), "numbers": dict(first.numbers), "words": first.words}
+        self._explanation = {
+            "pictures": list(first.pictures),
+            "maps": list(first.maps),
+            "numbers": dict(first.numbers),
+            "words": first.words,
+        }
         with _writing(self.out):
             (self.out / "explanations").mkdir(exist_ok=True)
             self._write_run_json(complete=False, metrics=None)
@@ -264,6 +282,7 @@ class RunWriter:
             "card": self._card,
             "metrics": metrics,
             "explanation": self._explanation,
+            "templates": [kept._asdict() for kept in self._templates],
         }
         try:
             text = json.dumps(run, allow_nan=False, indent=1)
@@ -329,7 +348,8 @@ def _clear_former_run(out: Path) -> None:
                 "Name another folder with -o, or move that file away.",
             )
         return
-    _load_run_json(out)
+    for template in read_templates(_load_run_json(out)):
+        (out / template.file).unlink(missing_ok=True)
     # A run that was killed early has no rows; a damaged line ends the clean-up, what it named stays.
     with suppress(DataError, FileNotFoundError):
         for row in read_rows(out):
@@ -360,6 +380,4 @@ def _check_sizes(inspection: Inspection, pixels: Pixels, mask: NDArray[np.bool_]
 
 
 def _safe_name(number: int, path: str) -> str:
-    """A file name without suffix from the running number and the picture's name: letters, digits, . _ -"""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", PurePath(path).stem)[:60].strip("._")
-    return f"{number:06d}_{stem or 'picture'}"
+    return f"{number:06d}_{safe_stem(path)}"
