@@ -23,6 +23,7 @@ from fettle.errors import ConfigError, DataError
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.pixel_map import pixel_map
+from fettle.layers.taps import levels_of_strides, spaced_blocks
 from fettle.layers.token_decoder import TokenDecoder
 from fettle.layers.token_grid import MapScore, aligned_to, score_of_map, valid_on_grid
 from fettle.perturb.attention import (
@@ -206,17 +207,7 @@ class AGPNet(nn.Module):
         """
         if config.taps is not None:
             return config.taps
-        blocks = [level.name for level in offered if level.name.startswith("block")]
-        if blocks:
-            last = [max(len(blocks) * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)]
-            return tuple(blocks[number] for number in sorted(set(last)))
-        chosen = [level for level in offered if level.stride in _STRIDES]
-        if len(chosen) < 2:
-            chosen = [level for level in offered if level.stride == _MORE] + chosen
-        if not chosen:
-            offers = ", ".join(level.name for level in offered)
-            raise ConfigError(f"None of the levels {offers} is tapped by itself.", "Name some with taps.")
-        return tuple(level.name for level in chosen)
+        return spaced_blocks(offered, (1, 2, 3, 4)) or levels_of_strides(offered, _STRIDES, _MORE)
 
     def train(self, mode: bool = True) -> Self:
         """The backbone stays in eval mode: its batch norm must use its running statistics."""

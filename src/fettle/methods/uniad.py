@@ -21,6 +21,7 @@ from fettle.layers.attention import MultiHeadAttention, neighbour_mask, sees_nob
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.positions import LearnedPositions
+from fettle.layers.taps import spaced_blocks
 from fettle.layers.token_grid import Align, aligned_to, enlarged, pooled_maximum, valid_on_grid
 from fettle.perturb.attention import equal_energy
 from fettle.perturb.attention_guide import AttentionGuide
@@ -341,8 +342,7 @@ class Uniad(nn.Module):
         if len({level.stride for level in offered}) > 1:
             stages = [level for level in offered if level.stride > 2 or level.channels < _STEM]
             return tuple(level.name for level in stages if level.stride <= _GRID_STRIDE)
-        blocks = [level.name for level in offered if level.name.startswith("block")]
-        return tuple(blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3))
+        return spaced_blocks(offered, (1, 2, 3))
 
     def train(self, mode: bool = True) -> Self:
         """The backbone stays in eval mode: its batch norm must use its running statistics."""
