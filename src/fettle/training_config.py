@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fettle.protocols import Step
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
@@ -16,7 +18,7 @@ class TrainingConfig(BaseModel):
     Attributes:
         steps: batches to learn from. epochs: passes over the pictures instead; None takes `steps`.
         batch: pictures a step and process.
-        lr, weight_decay: of AdamW.
+        lr, betas, weight_decay: of AdamW.
         decay: what weight decay acts on: "all" parameters, or the weights of "linear" layers alone.
         clip: largest total norm of the gradient; 0 is off.
         schedule: the learning rate after the warm-up: "constant", "step" (a tenth for the last fifth of the
@@ -36,6 +38,7 @@ class TrainingConfig(BaseModel):
     epochs: float | None = Field(default=None, gt=0, le=1_000_000)
     batch: int = Field(default=8, ge=1, le=4096)
     lr: float = Field(default=5e-4, gt=0, le=10)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     decay: Literal["all", "linear"] = "all"
     clip: float = Field(default=0.1, ge=0)

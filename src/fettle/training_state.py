@@ -65,7 +65,8 @@ class TrainingState:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
     # The loss log: the same memory for any number of steps
 

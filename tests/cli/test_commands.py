@@ -296,6 +296,7 @@ def test_python_m_fettle_is_the_same_command() -> None:
         "fpfnet",
         "padim",
         "patchcore",
+        "tfanet",
         "uniad",
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,21 @@ _LONGEST = 10_000.0  # times the shortest wave
 
 @lru_cache(maxsize=32)
 def wave_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """Fixed positions (H W, width), row by row: sines and cosines of y and of x, a half of the channels each.
+    """Fixed positions (H W, width), row by row: a half of the channels tells x, the other y.
+
+    Each half is all sines, then all cosines, from the shortest wave to the longest.
 
     Args:
         grid: (H, W), tokens. width: channels, a multiple of 4.
     """
     with torch.inference_mode(False):  # kept for later calls, which may want gradients
         quarter = width // 4
-        rates = _LONGEST ** (-torch.arange(quarter, device=device) / quarter)
-        y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
-        angles = [place.flatten()[:, None] * rates for place in (y, x)]  # (H W, quarter) each
-        return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+        count = partial(torch.arange, dtype=torch.float64, device="cpu")
+        rates = _LONGEST ** (-count(quarter) / quarter)
+        y, x = torch.meshgrid(*(count(side) for side in grid), indexing="ij")
+        angles = [place.flatten()[:, None] * rates for place in (x, y)]  # (H W, quarter) each
+        waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+        return torch.cat(waves, dim=1).to(device, torch.float32)
 
 
 class LearnedPositions(nn.Module):

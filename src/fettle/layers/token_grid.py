@@ -15,8 +15,8 @@ Align: TypeAlias = Literal["corners", "mean"]
 aligned, "mean" averages whole cells going down and is bilinear with half-pixel centres going up."""
 
 
-MapScore: TypeAlias = Literal["max", "top1%", "mean"]
-"""A map's largest value, the mean of its largest hundredth, or its mean."""
+MapScore: TypeAlias = Literal["max", "top1%", "mean", "std"]
+"""A map's largest value, the mean of its largest hundredth, its mean, or its (population) deviation."""
 
 
 def valid_on_grid(features: Tensor, valid: Tensor) -> Tensor:
@@ -65,6 +65,10 @@ def score_of_map(anomaly_map: Tensor, valid: Tensor, kind: MapScore) -> Tensor:
     number = valid.flatten(1).sum(dim=1)
     if kind == "mean":
         return values.sum(dim=1) / number.clamp_min(1)
+    if kind == "std":
+        middle = values.sum(dim=1, keepdim=True) / number.clamp_min(1)[:, None]
+        away = (values - middle).square().masked_fill(~valid.flatten(1), 0)
+        return (away.sum(dim=1) / number.clamp_min(1)).sqrt()
     count = torch.ceil(number / 100).long().clamp_min(1)
     ordered = values.sort(dim=1, descending=True).values.cumsum(dim=1)
     return ordered.gather(1, count[:, None] - 1)[:, 0] / count

@@ -18,6 +18,9 @@ def seen_by_all(valid: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """softmax(q k^T / sqrt(width / heads)) v, full attention, with biases.
 
+    With `last` only the last so many tokens ask, all are still looked at, and the others' answers, which
+    nobody wants, are not computed.
+
     Args:
         width: channels. heads: a divisor of it.
     """
@@ -28,46 +31,60 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, N, width), mask bool broadcast to (B, heads, N, N), True = may look at -> (B, N, width)."""
-        q, k, v = self._split(x)
+    def forward(self, x: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """x (B, N, width), mask bool broadcast to (B, heads, N, N), True = may look at -> (B, N or `last`,
+        width)."""
+        q, k, v = self._split(x, last)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         joined: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return joined
 
+    def weights(self, x: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """How much each token looks at each, (B, N or `last`, N): a mean over heads, each row's sum is 1."""
+        q, k, _ = self._split(x, last)
+        scores = (q @ k.transpose(-2, -1)).float() / q.shape[-1] ** 0.5
+        looked_at: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).mean(dim=1)
+        return looked_at
+
     def received(self, x: Tensor, valid: Tensor) -> Tensor:
         """How much each token is looked at, (B, N): a mean over heads and valid tokens that sums to 1."""
-        q, k, _ = self._split(x)
-        scores = (q @ k.transpose(-2, -1)).float() / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~seen_by_all(valid), -torch.inf).softmax(dim=-1)
-        lookers = seen_by_all(valid).transpose(-2, -1)  # (B, 1, N, 1)
-        total: Tensor = (weights.mean(dim=1, keepdim=True) * lookers).sum(dim=2)[:, 0]
-        return total / lookers.sum(dim=2)[:, 0]
+        mask = seen_by_all(valid)
+        lookers = mask[:, 0].transpose(-2, -1)  # (B, N, 1)
+        total: Tensor = (self.weights(x, mask) * lookers).sum(dim=1)
+        return total / lookers.sum(dim=1)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, (B, heads, N, d) each."""
-        q, k, v = torch.unflatten(self.qkv(x), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def _split(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, N or `last`, d), keys and values (B, heads, N, d)."""
+        if last is None:
+            q, k, v = torch.unflatten(self.qkv(x), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+        asked = F.linear(x[:, -last:], weight[:width], bias[:width])
+        told = F.linear(x, weight[width:], bias[width:])
+        k, v = torch.unflatten(told, -1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return torch.unflatten(asked, -1, (self.heads, -1)).transpose(1, 2), k, v
 
 
 class ViTBlock(nn.Module):
     """x + attention(LN(x)), then x + W2 gelu(W1 LN(x)); no dropout. It has 12 width^2 + 13 width parameters.
 
     Args:
-        width: channels. heads: a divisor of it.
+        width: channels. heads: a divisor of it. eps: of the layer norms.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, eps: float = EPS) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, width) -> the same; mask as in `SelfAttention`."""
-        x = x + self.attention(self.norm1(x), mask)
-        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x
+    def forward(self, x: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, N or `last`, width); mask and `last` as in `SelfAttention`."""
+        own = x if last is None else x[:, -last:]
+        own = own + self.attention(self.norm1(x), mask, last)
+        own = own + self.fc2(F.gelu(self.fc1(self.norm2(own))))
+        answer: Tensor = own
+        return answer
 
     def received(self, x: Tensor, valid: Tensor) -> Tensor:
         """See `SelfAttention.received`; x is the block's input."""

@@ -16,6 +16,7 @@ _HOME = {
     "fpfnet": "fettle.methods.fpfnet:FPFNet",
     "padim": "fettle.methods.padim:Padim",
     "patchcore": "fettle.methods.patchcore:PatchCore",
+    "tfanet": "fettle.methods.tfanet:TFANet",
     "uniad": "fettle.methods.uniad:Uniad",
 }
 

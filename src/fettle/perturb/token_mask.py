@@ -69,6 +69,27 @@ class TokenMask(MemberConfig):
         return without(tokens, hidden.to(tokens.device), valid, self.fill)
 
 
+def keep_indices(valid: Tensor, ratio: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which tokens stay where the others leave the sequence, drawn for each picture without replacement.
+
+    Of n valid tokens max(1, floor(n (1 - ratio))) stay. Where pictures keep different numbers, the shorter
+    rows are filled up with tokens that do not count.
+
+    Args:
+        valid: (B, N) bool. ratio: (B,), share that is dropped, 0 <= ratio < 1.
+
+    Returns:
+        Indices (B, n), and (B, n) bool: whether each counts.
+    """
+    inside = valid.cpu()
+    number = inside.sum(dim=1)
+    kept = torch.floor(number * (1 - ratio.double()) + 1e-9).long().clamp_min(1).minimum(number)  # (B,)
+    u = torch.rand(inside.shape, generator=generator, dtype=torch.float64)
+    order = u.masked_fill(~inside, 2.0).argsort(dim=1)[:, : max(int(kept.max()), 1)]
+    counts = torch.arange(order.shape[1]) < kept[:, None]
+    return order.to(valid.device), counts.to(valid.device)
+
+
 def probabilities(expected: Tensor, weights: Tensor) -> Tensor:
     """min(1, c w_j), with c such that they sum to what is expected, or all 1 where that is too much.
 

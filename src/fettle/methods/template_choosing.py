@@ -1,0 +1,192 @@
+"""Which good pictures TFA-Net compares with, and whether they look like the others (section 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from torch import Tensor
+
+from fettle.errors import ConfigError
+from fettle.layers.feature_statistics import FeatureStatistics
+from fettle.layers.template_choice import by_centrality, medoids, oddness
+from fettle.methods.template_bank import NewTemplate, TemplateBank
+from fettle.protocols import UNUSUAL_TEMPLATE, FeatureStream, FitRecord, FramedPicture
+
+FEWEST = 8  # good pictures, below which no template is called unusual
+
+_ASPECT = 0.02  # by which a given template may differ
+_FAR, _FARTHEST = 3.0, 0.95  # robust deviations from the middle; share of the pictures that are nearer
+_LOCALLY_FAR, _LOCAL_SHARE = 6.0, 0.01  # deviations at one place; share of the places
+_UNALIGNED = 0.5  # share of the variance, more than a mean of aligned parts would leave
+
+
+class TemplateConfig(BaseModel):
+    """What a picture is compared with.
+
+    Attributes:
+        template: the "medoid" of the good pictures' pooled features, the "first" by its path, the "mean" of
+            all, a "file"; and for ablations a picture of "noise", or "learned" tokens without a picture.
+        template_file: for template "file"; the model keeps its name alone.
+        template_normalised: whether the backbone sees it normalised like any picture; in the published code
+            it does not.
+        template_bank: "per_product" has templates for each product, where these are named; "one" for all.
+        bank_size: templates each, by k-medoids; for template "medoid".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    template: Literal["medoid", "first", "mean", "file", "noise", "learned"] = "medoid"
+    template_file: Path | None = None
+    template_normalised: bool = True
+    template_bank: Literal["per_product", "one"] = "per_product"
+    bank_size: int = Field(default=1, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _template_is_told(self) -> Self:
+        if (self.template == "file") != (self.template_file is not None):
+            raise ValueError("template 'file' and template_file go together: give both or none")
+        if self.bank_size > 1 and self.template != "medoid":
+            raise ValueError(f"bank_size {self.bank_size} is for template 'medoid': set bank_size=1")
+        return self
+
+    @field_serializer("template_file")
+    def _name_alone(self, path: Path | None) -> str | None:
+        return None if path is None else path.name
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Good pictures in the order of their stream.
+
+    Attributes:
+        seen: statistics of their fused features. vectors: pooled, (n, C).
+    """
+
+    seen: FeatureStatistics
+    vectors: Tensor
+    paths: Sequence[str]
+    products: Sequence[str]
+
+
+class MakesTemplates(Protocol):
+    """Gives a picture its features, unless it comes with some (1, C, h, w)."""
+
+    def __call__(
+        self, picture: FramedPicture, name: str, product: str, fused: Tensor | None = None
+    ) -> NewTemplate: ...
+
+
+def choose_templates(
+    good: FeatureStream,
+    gathered: Gathered,
+    config: TemplateConfig,
+    make: MakesTemplates,
+    generator: torch.Generator,
+    record: FitRecord,
+) -> list[NewTemplate]:
+    """The templates of a fit; none where they are learned tokens.
+
+    Args:
+        generator: of the noise that may be one. record: gets facts and warnings.
+    """
+    first = good.framed(gathered.paths[0])
+    if config.template == "learned":
+        return []
+    if config.template == "noise":
+        pixels = torch.rand(first.pixels.shape, generator=generator).to(first.pixels)
+        return [make(first._replace(pixels=pixels, sha256=""), "noise", "")]
+    if config.template == "mean":
+        return [_mean_template(good, gathered, make, record)]
+    if config.template_file is not None:
+        name = config.template_file.name
+        picture = good.framed(str(config.template_file))
+        check_aspect(picture, name, first.size[1] / first.size[0])
+        return [make(picture, name, "")]
+    chosen = []
+    for product in sorted(set(gathered.products)) if config.template_bank == "per_product" else [""]:
+        own = [i for i, p in enumerate(gathered.products) if product in ("", p)]
+        if config.template == "first":
+            numbers = [min(own, key=lambda i: gathered.paths[i])]
+        else:
+            numbers = [own[i] for i in medoids(gathered.vectors[own], config.bank_size)]
+        for path in (gathered.paths[i] for i in numbers):
+            chosen.append(make(good.framed(path), Path(path).name, product))
+    return chosen
+
+
+def _mean_template(
+    good: FeatureStream, gathered: Gathered, make: MakesTemplates, record: FitRecord
+) -> NewTemplate:
+    """The mean of all good pictures' features at each position; shown is that of their pixels."""
+    seen, number = gathered.seen, len(gathered.paths)
+    shown = good.framed(gathered.paths[0])
+    parts = (good.framed(path).pixels.double() / number for path in gathered.paths)
+    pixels = torch.zeros_like(shown.pixels, dtype=torch.float64)
+    for part in parts:
+        pixels += part
+    mean = seen.sums / seen.counts.clamp_min(1)  # (C, h, w)
+    tokens = max(seen.num_tokens, 1)
+    middle = seen.sums.sum(dim=(1, 2)) / tokens
+    total = (seen.squares / tokens - middle.square()).sum()
+    kept = ((mean - middle[:, None, None]).square() * seen.counts).sum() / tokens
+    left = 1 - float(kept / total.clamp_min(1e-24))
+    record.facts["variance_left_by_mean"] = round(left, 4)
+    if left > _UNALIGNED:
+        record.warnings.append(
+            f"{UNUSUAL_TEMPLATE}: the mean of {number} pictures leaves {left:.0%} of their features' "
+            "variance: the parts are not aligned. Use --set template=medoid."
+        )
+    shown = shown._replace(pixels=pixels.to(shown.pixels), sha256="")
+    return make(shown, f"mean of {number}", "", mean.to(gathered.vectors)[None])
+
+
+def check_aspect(picture: FramedPicture, name: str, usual: float) -> None:
+    """Refuse a picture that the frame would stretch otherwise than the good ones: places then differ.
+
+    Args:
+        usual: width over height of the good pictures.
+    """
+    aspect = picture.size[1] / picture.size[0]
+    if not picture.keeps_aspect and abs(aspect / usual - 1) > _ASPECT:
+        raise ConfigError(
+            f"The template '{name}' is {aspect:.2f} wide for 1 high, the good pictures are {usual:.2f}.",
+            "Crop it to their shape, or fit with --frame pad.",
+        )
+
+
+def look_at_whole(bank: TemplateBank, gathered: Gathered, record: FitRecord) -> None:
+    """Warn of a single template that is unlike the good pictures as a whole."""
+    found = oddness(gathered.vectors, bank.vectors[0])
+    record.facts["template_z"], record.facts["template_rank"] = round(found.z, 3), round(found.rank, 3)
+    if found.z > _FAR or found.rank > _FARTHEST:
+        usual = by_centrality(gathered.vectors)[:3].tolist()
+        best = ", ".join(f"'{Path(gathered.paths[i]).name}'" for i in usual)
+        record.warnings.append(
+            f"{UNUSUAL_TEMPLATE}: {bank.label(0)} is farther from the good pictures' middle than "
+            f"{found.rank:.0%} of them. Use --set template=medoid; the most usual are {best}."
+        )
+
+
+def look_at_places(bank: TemplateBank, away: Tensor, usual: Tensor, valid: Tensor, record: FitRecord) -> None:
+    """Warn of a template that is unlike the good pictures at some of its places.
+
+    Args:
+        away: squared distance of each template's tokens from the mean there, (M, H, W).
+        usual: mean of the same over the good pictures, (H, W). valid: (M, H, W) bool.
+    """
+    odd = (away > _LOCALLY_FAR**2 * usual.clamp_min(1e-12)) & valid
+    for number, places in enumerate(odd):
+        share = float(places.double().mean())
+        if share > _LOCAL_SHARE:
+            worst = int(away[number].masked_fill(~places, 0).argmax())
+            row, column = divmod(worst, away.shape[2])
+            record.warnings.append(
+                f"{UNUSUAL_TEMPLATE}: {share:.1%} of {bank.label(number)} is unlike the good pictures at the "
+                f"same place, most of all {row / away.shape[1]:.0%} from its top and "
+                f"{column / away.shape[2]:.0%} from its left. Look at it."
+            )

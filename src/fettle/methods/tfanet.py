@@ -1,0 +1,632 @@
+"""TFA-Net (Luo, Yao, Yu, EAAI 131, 2024, arXiv 2603.22874): features gathered onto a good picture's.
+
+A template, which is a good picture, is encoded beside every inspected one. A transformer lets the template's
+tokens gather what they recognise in the input, and the input's tokens are thrown away; a second one rebuilds
+the input's features from the template's tokens alone. What did not resemble the template was not gathered,
+so it cannot be rebuilt: the difference is the anomaly map.
+
+The paper's full text was not at hand. What its published code does, and where this differs, is in
+docs/methods/tfanet.md. Sections named in comments are those of the method's specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fettle.errors import ConfigError, DataError
+from fettle.feature_cache.store import half_precision
+from fettle.layers.energy_scale import EnergyScale
+from fettle.layers.feature_statistics import FeatureStatistics
+from fettle.layers.patches import patchify, unpatchify
+from fettle.layers.pixel_map import pixel_map
+from fettle.layers.taps import levels_of_strides, spaced_blocks
+from fettle.layers.template_aggregation import AggregationConfig, TemplateAggregation, Tokens
+from fettle.layers.template_choice import mean_over, nearest, pooled
+from fettle.layers.template_maps import Difference, adoption_maps, difference
+from fettle.layers.token_grid import Align, MapScore, aligned_to, enlarged, score_of_map, valid_on_grid
+from fettle.methods.template_bank import NewTemplate, TemplateBank
+from fettle.methods.template_choosing import (
+    FEWEST,
+    Gathered,
+    TemplateConfig,
+    check_aspect,
+    choose_templates,
+    look_at_places,
+    look_at_whole,
+)
+from fettle.perturb.pool import NAMED_POOLS, PoolConfig
+from fettle.perturb.token_mask import keep_indices
+from fettle.protocols import (
+    Backbone,
+    Batch,
+    Explanation,
+    FeatureStream,
+    FitRecord,
+    FramedPicture,
+    Json,
+    Level,
+    Loss,
+    Maps,
+    Preset,
+    Run,
+    Step,
+    Template,
+    Traits,
+)
+from fettle.training import TrainingConfig
+
+_STRIDES = (4, 8, 16)
+_MORE = 2  # stride taken besides, where a pyramid has fewer than two of these
+_STEM = 2  # stride of a ResNet's first level before its max-pool
+_LONGEST_GRID = 32  # fused positions along the longer side, where no stride is given
+_MAP_SIDE = 256  # framed px that `smooth_sigma` is given for
+_MOST_MASKED = 0.9  # where the share is random
+_LAST_STEPS = 0.9  # of the training, from where the maps' units are measured
+_RARE = 0.99
+_CLOSE_CALL = 0.02  # difference of two cosines
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
+    """Fields of TFA-Net, besides those of the network, of its templates and of the training.
+
+    Attributes:
+        taps: backbone levels, fine to coarse; None takes strides 4, 8 and 16 of a pyramid, or three blocks of
+            a ViT, evenly spaced.
+        pool_stem: a level of stride 2 goes through a ResNet's max-pool first.
+        grid_stride: framed px a fused position; None takes the finest level's, doubled until no side has more
+            than 32.
+        align: how levels come to that grid: "corners" is the published bilinear with aligned corners (which
+            maps are then enlarged with, too), "mean" averages cells.
+        feature_norm: of fused features: "none" is as published; "standard" by each channel's mean and
+            deviation over good pictures; "l2" makes unit vectors.
+        mask_ratio: share of the input's tokens that training hides; "random" draws it for each picture from 0
+            to 0.9; 0 hides none.
+        pool: perturbations of the fused features in training, before masking.
+        residual: "template" adds the template's features to what is rebuilt.
+        lambda_dir, lambda_dis: weights of the loss's two parts.
+        fusion: of the direction and the distance map: their "product", "sum" (5 to 1), "calibrated_sum" (each
+            in units of its 99 % quantile on good pictures), or one of the two alone.
+        smooth_sigma: blur of the maps, px at a side of 256.
+        score: of the picture: the map's "std", "max", the mean of its "top1%", or its "mean".
+        steps: compact value, see docs/results.md.
+    """
+
+    steps: int = Field(default=2000, ge=1, le=100_000_000)
+    batch: int = Field(default=8, ge=1, le=4096)
+    lr: float = Field(default=5e-4, gt=0, le=10)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.01, ge=0, le=10)
+    clip: float = Field(default=1.0, ge=0)
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+
+    taps: tuple[str, ...] | None = Field(default=None, min_length=1)
+    pool_stem: bool = True
+    grid_stride: int | None = Field(default=None, ge=1, le=256)
+    align: Align = "mean"
+    feature_norm: Literal["none", "standard", "l2"] = "standard"
+    mask_ratio: Share | Literal["random"] = 0.5
+    pool: PoolConfig = NAMED_POOLS["none"]
+    residual: Literal["none", "template"] = "none"
+    lambda_dir: float = Field(default=5.0, ge=0, le=1e6)
+    lambda_dis: float = Field(default=1.0, ge=0, le=1e6)
+    fusion: Literal["product", "sum", "calibrated_sum", "distance", "direction"] = "product"
+    smooth_sigma: float = Field(default=4.0, ge=0, le=100)
+    score: MapScore = "std"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.template == "learned" and self.residual == "template":
+            raise ValueError("residual 'template' needs a template's features: 'learned' has none")
+        if self.discard != "template" and self.mask_mode == "drop" and self.mask_ratio != 0:
+            raise ValueError(
+                f"with discard '{self.discard}' dropped tokens cannot be rebuilt: set mask_mode=token"
+            )
+        if self.pool.guide is not None:
+            raise ValueError("this method's pool takes no guide: leave it out")
+        if self.lambda_dir == self.lambda_dis == 0:
+            raise ValueError("lambda_dir and lambda_dis are both 0: nothing would be learnt")
+        return self
+
+
+_PUBLISHED = TFANetConfig(
+    patch=4,
+    width=768,
+    heads=12,
+    depth=12,
+    rebuild_width=512,
+    rebuild_heads=16,
+    rebuild_depth=8,
+    cls_token=True,
+    taps=("stride2", "stride4", "stride8", "stride16"),
+    grid_stride=4,
+    align="corners",
+    feature_norm="none",
+    template="first",
+    epochs=400,
+    batch=4,
+    lr=1e-4,
+    clip=0,
+    schedule="constant",
+    warmup=0,
+)
+
+
+class TFANet(nn.Module):
+    """The backbone, the network, and its templates. See the module's text."""
+
+    name: ClassVar[str] = "tfanet"
+    Config: ClassVar[type[TFANetConfig]] = TFANetConfig
+    traits: ClassVar[Traits] = Traits(
+        trained=True,
+        multi_class=True,
+        few_shot=True,
+        fixed_grid=True,
+        square_grid=False,
+        leave_one_out=False,
+    )
+    # "paper" is our best reading of the paper: the published code, with masking. "official" is that code as
+    # published, less its choice of the best epoch on the test set.
+    presets: ClassVar[dict[str, Preset]] = {
+        "compact": Preset(TFANetConfig(), backbone=None, frame="auto", size=256),
+        "paper": Preset(_PUBLISHED, backbone="wide_resnet50_2.tv_in1k", frame="square", size=256),
+        "official": Preset(
+            _PUBLISHED.model_copy(update={"mask_ratio": 0.0, "template_normalised": False}),
+            backbone="wide_resnet50_2.tv_in1k",
+            frame="square",
+            size=256,
+        ),
+    }
+
+    channel_mean: Tensor  # (C,)
+    channel_deviation: Tensor  # (C,)
+    units: Tensor  # (2,) of distance and direction, for fusion "calibrated_sum"
+    aspect: Tensor  # width over height of the good pictures' first
+
+    def __init__(self, backbone: Backbone, config: TFANetConfig, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.levels = tuple(levels)
+        known = [level for name in levels if (level := backbone.spec.level(name))]
+        self._strides = {level.name: level.stride for level in known}
+        self.channels = sum(level.channels for level in known)
+        self.net = TemplateAggregation(self.channels, (0, 0), config)
+        self.bank = TemplateBank()
+        learned = config.template == "learned"
+        self.learned = nn.Parameter(torch.zeros(0, config.width)) if learned else None
+        self.register_buffer("channel_mean", torch.zeros(self.channels))
+        self.register_buffer("channel_deviation", torch.ones(self.channels))
+        self.register_buffer("units", torch.ones(2))
+        self.register_buffer("aspect", torch.zeros((), dtype=torch.float64))
+        self.scale = EnergyScale()
+        # Known during the fit only: what predicting each position's mean costs, and the templates' products.
+        self._baseline = 0.0
+        self._products: list[str] = []
+
+    @staticmethod
+    def choose_levels(offered: Sequence[Level], config: TFANetConfig) -> tuple[str, ...]:
+        """Levels that this method taps on a backbone that offers these.
+
+        Raises:
+            ConfigError: none of them is of a stride that it takes by itself.
+        """
+        if config.taps is not None:
+            return config.taps
+        return spaced_blocks(offered, (1, 2, 3)) or levels_of_strides(offered, _STRIDES, _MORE)
+
+    def train(self, mode: bool = True) -> Self:
+        """The backbone stays in eval mode. Leaving training, the templates' tokens are computed, once."""
+        super().train(mode)
+        cast(nn.Module, self.backbone).eval()
+        if not mode and len(self.bank):
+            self._keep_tokens()
+        return self
+
+    @torch.no_grad()
+    def _keep_tokens(self) -> None:
+        self.bank.tokens = self.net.embed(self._normed(self.bank.fused.to(self.channel_mean)))
+
+    # Features
+
+    def feature_key(self) -> str:
+        """The recipe of `features`."""
+        stem = ", pooled stem" if self.config.pool_stem else ""
+        return f"fused {','.join(self.levels)}, {self.config.align} at {self.config.grid_stride}{stem}"
+
+    def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """All levels on one grid, side by side (section 2): {"fused": (B, C, h, w)}."""
+        return {"fused": self._fused(pictures)}
+
+    def _fused(self, pictures: Tensor) -> Tensor:
+        by_name = self.backbone(pictures, self.levels)
+        stride = self._stride(pictures)
+        grid = (pictures.shape[-2] // stride, pictures.shape[-1] // stride)
+        return torch.cat(
+            [aligned_to(self._stage(by_name, n), grid, self.config.align) for n in self.levels], 1
+        )
+
+    def _stage(self, by_name: dict[str, Tensor], name: str) -> Tensor:
+        if self.config.pool_stem and self._strides[name] == _STEM:
+            return F.max_pool2d(by_name[name], 3, stride=2, padding=1)
+        return by_name[name]
+
+    def _stride(self, pictures: Tensor) -> int:
+        """Framed px a fused position."""
+        if self.config.grid_stride is not None:
+            return self.config.grid_stride
+        stride = min(2 * s if self.config.pool_stem and s == _STEM else s for s in self._strides.values())
+        while max(pictures.shape[-2:]) > _LONGEST_GRID * stride:
+            stride *= 2
+        return stride
+
+    def _normed(self, fused: Tensor) -> Tensor:
+        """Fused features (B, C, h, w) by `feature_norm`."""
+        if self.config.feature_norm == "l2":
+            return F.normalize(fused, dim=1)
+        if self.config.feature_norm == "none":
+            return fused
+        return (fused - self.channel_mean[:, None, None]) / self.channel_deviation[:, None, None]
+
+    # The fit
+
+    @torch.no_grad()
+    def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
+        """Set scales, draw weights, choose the templates and look at them. Walks twice.
+
+        Raises:
+            DataError: features that are NaN or infinite.
+            ConfigError: the grid is no multiple of the patch; a template's file does not fit.
+        """
+        gathered = self._gather(good)
+        grid = gathered.seen.grid
+        self._start(grid, run)
+        facts: dict[str, Json] = {
+            "taps": list(self.levels),
+            "grid": list(grid),
+            "channels": self.channels,
+            "parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        }
+        record = FitRecord(facts)
+        noise = run.generator("tfanet/noise")
+        chosen = choose_templates(good, gathered, self.config, self._new_template, noise, record)
+        if chosen:
+            self.bank.store(chosen)
+        self._products = [one.product for one in chosen]
+        self._walk_again(good, gathered, record)
+        return record
+
+    def _gather(self, good: FeatureStream) -> Gathered:
+        """Walk once: each channel's scale, and where each picture's features lie as a whole."""
+        seen = FeatureStatistics()
+        means: list[Tensor] = []
+        paths: list[str] = []
+        products: list[str] = []
+        for batch in good:
+            fused, valid = batch.features["fused"], valid_on_grid(batch.features["fused"], batch.valid)
+            if self.config.feature_norm == "l2":
+                fused = self._normed(fused)
+            seen.add(fused, valid, len(set(batch.keys)))
+            means.append(mean_over(fused, valid))
+            paths += batch.paths
+            products += batch.products
+        if not seen.finite:
+            raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
+        self._check_grid(seen.grid)
+        self._set_norm(seen)
+        size = good.framed(paths[0]).size
+        self.aspect.fill_(size[1] / size[0])
+        vectors = self._normed(torch.cat(means)[:, :, None, None])[:, :, 0, 0]
+        return Gathered(seen, F.normalize(vectors, dim=1), paths, products)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        patch = self.config.patch
+        if grid[0] % patch or grid[1] % patch:
+            raise ConfigError(
+                f"A grid of {grid[0]} x {grid[1]} features has no whole patches of {patch}.",
+                "Use --set patch=1, or another size or grid_stride.",
+            )
+
+    def _set_norm(self, seen: FeatureStatistics) -> None:
+        """Mean and deviation of each channel over the good pictures' valid positions."""
+        number = max(seen.num_tokens, 1)
+        mean = seen.sums.sum(dim=(1, 2)) / number
+        deviation = (seen.squares / number - mean.square()).clamp_min(0).sqrt()
+        deviation = deviation.clamp_min(1e-6 * float(deviation.max())).clamp_min(1e-12)
+        if self.config.feature_norm == "standard":
+            self.channel_mean = mean.to(self.channel_mean)
+            self.channel_deviation = deviation.to(self.channel_mean)
+
+    def _start(self, grid: tuple[int, int], run: Run) -> None:
+        """A network for this grid, with new weights."""
+        device = self.channel_mean.device
+        on_tokens = (grid[0] // self.config.patch, grid[1] // self.config.patch)
+        generator = run.generator("tfanet/weights")
+        self.net = TemplateAggregation(self.channels, on_tokens, self.config)
+        self.net.initialise(generator)
+        self.net.to(device).train(self.training)
+        if self.learned is not None:
+            start = 0.02 * torch.randn(on_tokens[0] * on_tokens[1], self.config.width, generator=generator)
+            self.learned = nn.Parameter(start.to(device))
+
+    def _walk_again(self, good: FeatureStream, gathered: Gathered, record: FitRecord) -> None:
+        """What predicting the mean costs, and whether the templates look like the good pictures."""
+        patch, seen = self.config.patch, gathered.seen
+        mean = self._normed((seen.sums / seen.counts.clamp_min(1)).to(self.channel_mean)[None])
+        guess, middle = patchify(mean, patch), F.avg_pool2d(mean, patch)
+        cost, tokens, number = 0.0, 0, 0
+        away = torch.zeros(middle.shape[2:], device=mean.device)  # (H, W)
+        for batch in good:
+            fused = self._normed(batch.features["fused"])
+            valid = self._valid_tokens(fused, batch.valid)
+            known = int(valid.sum())
+            cost += known * float(self._cost(guess.expand(len(fused), -1, -1), patchify(fused, patch), valid))
+            tokens += known
+            number += len(fused)
+            away += (F.avg_pool2d(fused, patch) - middle).square().sum(dim=(0, 1))
+        self._baseline = cost / max(tokens, 1) if number > 1 else 0.0  # one picture is its own mean
+        record.facts["mean_cost"] = self._baseline
+        if self.config.template not in ("medoid", "first", "file"):
+            return
+        if number < FEWEST:
+            record.facts["template_check"] = "not enough pictures"
+            return
+        known_fused = self._normed(self.bank.fused.to(mean))
+        own = (F.avg_pool2d(known_fused, patch) - middle).square().sum(dim=1)  # (M, H, W)
+        inside = self._valid_tokens(known_fused, self.bank.valid).view_as(own)
+        look_at_places(self.bank, own, away / number, inside, record)
+        if len(self.bank) == 1:
+            look_at_whole(self.bank, gathered, record)
+
+    # Templates
+
+    def _new_template(
+        self, picture: FramedPicture, name: str, product: str, fused: Tensor | None = None
+    ) -> NewTemplate:
+        """A template with its features, which are computed where they are not given."""
+        if fused is None:
+            pixels = picture.pixels
+            if not self.config.template_normalised:  # the backbone's normalisation then undoes this
+                spec = self.backbone.spec
+                mean, std = (pixels.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+                pixels = pixels * std + mean
+            fused = self._fused(pixels)
+        fused = half_precision(fused, [f"the template '{name}'"]).to(self.channel_mean)  # as cached ones are
+        vector = pooled(self._normed(fused), valid_on_grid(fused, picture.valid))
+        return NewTemplate(picture, name, product, fused, vector)
+
+    def templates(self) -> list[Template]:
+        """Those in use."""
+        return self.bank.templates()
+
+    @torch.no_grad()
+    def set_template(self, picture: FramedPicture, name: str, product: str = "") -> None:
+        """Put another picture in place of a product's one template; thresholds must be set anew then.
+
+        Raises:
+            ConfigError: there is no template of that product, or there are several; the picture's shape is
+                not that of the good ones.
+        """
+        numbers = [i for i, own in enumerate(self.bank.known()) if product in ("", own.product)]
+        if len(numbers) != 1:
+            which = f" of product '{product}'" if product else ""
+            raise ConfigError(
+                f"The model has {len(numbers)} templates{which}, and one is replaced.",
+                "Name a product that has one."
+                if len(self.bank)
+                else "Fit with a template that is a picture.",
+            )
+        check_aspect(picture, name, float(self.aspect))
+        own_product = self.bank.known()[numbers[0]].product
+        self.bank.replace(numbers[0], self._new_template(picture, name, own_product))
+        self._keep_tokens()
+
+    def _template_tokens(self, values: Tensor, which: Tensor) -> Tokens | None:
+        """The templates' tokens (M, N, d) for pictures that are compared with `which` (B,)."""
+        if self.config.discard == "no_template":
+            return None
+        if self.learned is not None:
+            everywhere = torch.ones(len(which), len(self.learned), dtype=torch.bool, device=which.device)
+            return Tokens(self.learned.expand(len(which), -1, -1), everywhere)
+        valid = self._valid_tokens(self.bank.fused, self.bank.valid)  # (M, N)
+        return Tokens(values[which], valid[which])
+
+    def _nearest(self, fused: Tensor, valid: Tensor, products: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+        """Number of each picture's template, and by how much it is the nearest, (B,) each.
+
+        Where a picture's product is told, its own templates alone are asked.
+        """
+        if not len(self.bank):
+            none = torch.zeros(len(fused), dtype=torch.long, device=fused.device)
+            return none, none.float()
+        allowed = None
+        if products and any(self._products):
+            rows = [[own == product for own in self._products] for product in products]
+            allowed = torch.tensor(rows, device=fused.device)
+        return nearest(pooled(fused, valid_on_grid(fused, valid)), self.bank.vectors, allowed)
+
+    # Training
+
+    def needs(self, step: Step) -> frozenset[str]:
+        """Nothing besides features."""
+        return frozenset()
+
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+        """The error of rebuilding all tokens where some are hidden (sections 6 and 7)."""
+        fused = self._normed(batch.features["fused"])
+        valid = self._valid_tokens(fused, batch.valid)
+        which, _ = self._nearest(fused, batch.valid, batch.products)
+        seen = self._seen_in_training(self._perturbed(fused, batch.valid, step), valid, step)
+        yield self._loss(fused, valid, seen, which, step)
+
+    def held_out_loss(self, batch: Batch) -> Loss:
+        """The same with nothing hidden."""
+        fused = self._normed(batch.features["fused"])
+        valid = self._valid_tokens(fused, batch.valid)
+        which, _ = self._nearest(fused, batch.valid)
+        return self._loss(fused, valid, Tokens(self.net.embed(fused), valid), which)
+
+    def after_step(self, step: Step) -> None:
+        """Nothing follows."""
+
+    def _loss(
+        self, fused: Tensor, valid: Tensor, seen: Tokens, which: Tensor, step: Step | None = None
+    ) -> Loss:
+        known = self._normed(self.bank.fused.to(fused))
+        values = self.net.embed(known) if len(self.bank) and self.config.discard != "no_template" else known
+        rebuilt = self._rebuilt(
+            seen, self._template_tokens(values, which), which, self.net.grid_of(fused)
+        ).float()
+        if step is not None and self.config.fusion == "calibrated_sum" and step.share >= _LAST_STEPS:
+            self._measure_units(fused, rebuilt.detach())
+        return Loss(self._cost(rebuilt, patchify(fused, self.config.patch), valid), self._baseline)
+
+    def _perturbed(self, fused: Tensor, valid: Tensor, step: Step) -> Tensor:
+        """Fused features after the pool, which has members only where asked for."""
+        pool = self.config.pool
+        if not pool.members:
+            return fused
+        grid = (fused.shape[-2], fused.shape[-1])
+        inside = valid_on_grid(fused, valid).flatten(1)
+        tokens = fused.flatten(2).transpose(1, 2)
+        strength = pool.schedule(step.share)
+        tokens = pool(tokens, grid, step.generator("pool"), strength=strength, valid=inside)
+        return torch.unflatten(tokens.transpose(1, 2), 2, grid)
+
+    def _seen_in_training(self, fused: Tensor, valid: Tensor, step: Step) -> Tokens:
+        """The input's tokens, some of them hidden (section 6)."""
+        config = self.config
+        if config.mask_ratio == 0:
+            return Tokens(self.net.embed(fused), valid)
+        generator = step.generator("mask")
+        if config.mask_ratio == "random":
+            ratio = _MOST_MASKED * torch.rand(len(fused), generator=generator, dtype=torch.float64)
+        else:
+            ratio = torch.full((len(fused),), config.mask_ratio, dtype=torch.float64)
+        kept, counts = keep_indices(valid, ratio, generator)
+        if config.mask_mode == "drop":
+            return Tokens(self.net.embed(fused), valid).chosen(kept, counts)
+        hidden = torch.ones_like(valid).scatter(1, kept, ~counts)
+        return Tokens(self.net.embed(fused, hidden & valid), valid)
+
+    def _cost(self, rebuilt: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """The loss of tokens (B, N, E), a mean over the valid ones (section 7)."""
+        away = 1 - F.cosine_similarity(rebuilt, target, dim=2, eps=1e-8)
+        far = (rebuilt - target).square().mean(dim=2)
+        both = self.config.lambda_dir * away + self.config.lambda_dis * far  # (B, N)
+        return (both * valid).sum() / valid.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _measure_units(self, fused: Tensor, rebuilt: Tensor) -> None:
+        """Follow the maps' 99 % quantiles on the last pictures learnt from."""
+        found = difference(fused, unpatchify(rebuilt, self.config.patch, self.net.grid_of(fused)))
+        rare = torch.stack([part.flatten().quantile(_RARE) for part in found]).to(self.units)
+        first = bool((self.units == 1).all())
+        self.units = rare if first else 0.9 * self.units + 0.1 * rare
+
+    # Inspection
+
+    def settle(self, energies: Tensor) -> None:
+        self.scale.settle(energies)
+
+    def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
+        found, which, margin = self._compare(pictures, valid)
+        sigma = self.config.smooth_sigma * min(pictures.shape[-2:]) / _MAP_SIDE
+        smooth = Difference(*(self._on_pixels(part, valid, sigma) for part in found))
+        anomaly_map = self._joined(smooth)
+        remarks = torch.stack([which.to(margin), margin], dim=1) if len(self.bank) > 1 else None
+        return Maps(anomaly_map, score_of_map(anomaly_map, valid[:, 0], self.config.score), remarks)
+
+    def remark(self, numbers: Sequence[float]) -> tuple[str, ...]:
+        """Which template of several a picture was compared with."""
+        close = ", though another is about as near" if numbers[1] < _CLOSE_CALL else ""
+        return (f"compared with template {self.bank.label(int(numbers[0]))}{close}",)
+
+    def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
+        """(B, h, w): the joined maps before they are enlarged, on the stored scale."""
+        energy: Tensor = self.scale(self._joined(self._compare(pictures, valid)[0]))
+        return energy
+
+    def _compare(self, pictures: Tensor, valid: Tensor) -> tuple[Difference, Tensor, Tensor]:
+        """What is not rebuilt; each picture's template, and by how much it is the nearest."""
+        fused = self._normed(self._fused(pictures))
+        which, margin = self._nearest(fused, valid)
+        seen = Tokens(self.net.embed(fused), self._valid_tokens(fused, valid))
+        grid = self.net.grid_of(fused)
+        rebuilt = self._rebuilt(seen, self._template_tokens(self.bank.tokens, which), which, grid)
+        return difference(fused, unpatchify(rebuilt, self.config.patch, grid)), which, margin
+
+    def _rebuilt(self, seen: Tokens, template: Tokens | None, which: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is rebuilt, (B, N, k k C)."""
+        rebuilt: Tensor = self.net(seen, template, grid)
+        if self.config.residual == "none":
+            return rebuilt
+        known = patchify(self._normed(self.bank.fused.to(rebuilt)), self.config.patch)
+        return rebuilt + known[which]
+
+    def _joined(self, found: Difference) -> Tensor:
+        """One map of two (section 8)."""
+        distance, direction = found
+        match self.config.fusion:
+            case "product":
+                return direction * distance
+            case "sum":
+                return 5 * direction + distance
+            case "calibrated_sum":
+                return distance / self.units[0] + direction / self.units[1]
+            case "distance":
+                return distance
+            case "direction":
+                return direction
+
+    def _on_pixels(self, values: Tensor, valid: Tensor, sigma: float) -> Tensor:
+        if self.config.align == "corners":
+            values = enlarged(values, valid, "corners")
+        return pixel_map(values, valid, sigma)
+
+    def _valid_tokens(self, fused: Tensor, valid: Tensor) -> Tensor:
+        """Which tokens hold a valid pixel, (B, N) bool."""
+        height, width = self.net.grid_of(fused)
+        return valid_on_grid(valid.new_empty(height, width), valid).flatten(1)
+
+    @torch.no_grad()
+    def explain(self, pictures: Tensor, valid: Tensor, blocks: Sequence[int] | None = None) -> Explanation:
+        """What the template takes from each place of the picture, and where it puts it (section 11).
+
+        Args:
+            blocks: of the first transformer, from 0; None takes all.
+        """
+        fused = self._normed(self._fused(pictures))
+        inside = self._valid_tokens(fused, valid)
+        which, _ = self._nearest(fused, valid)
+        grid = self.net.grid_of(fused)
+        seen, template = Tokens(self.net.embed(fused), inside), self._template_tokens(self.bank.tokens, which)
+        maps: dict[str, Tensor] = {}
+        if template is not None and self.config.discard == "template":
+            by_block = list(self.net.attention(seen, template))
+            attention = torch.stack([by_block[i] for i in blocks or range(len(by_block))]).mean(dim=0)
+            maps = adoption_maps(attention, seen.valid, template.valid, self.net.cls_token is not None)
+        rebuilt = unpatchify(self._rebuilt(seen, template, which, grid), self.config.patch, grid)
+        found = difference(fused, rebuilt)
+        shown = {name: pixel_map(torch.unflatten(m, 1, grid), valid, 0) for name, m in maps.items()}
+        shown["error"] = pixel_map(self._joined(found), valid, 0)
+        known = self.bank.templates()
+        templates = {"template": torch.stack([known[i].pixels for i in which.tolist()])} if known else {}
+        return Explanation(
+            shown,
+            {
+                "templates": len(known),
+                "masked in training": self.config.mask_ratio,
+                "fusion": self.config.fusion,
+            },
+            "Adoption is what the template takes from a place of the picture: half-way is what it would take "
+            "from all alike, dark is less. It is for people, and no part of the score.",
+            templates,
+        )
