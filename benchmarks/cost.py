@@ -21,7 +21,7 @@ from fettle.datasets.parts import write_parts
 from fettle.detector import Detector
 from fettle.methods.registry import find_method
 
-METHODS = ("patchcore", "padim", "uniad", "fpfnet", "agpnet")
+METHODS = ("patchcore", "padim", "uniad", "fpfnet", "agpnet", "tfanet")
 PRODUCT = "hex_nut"
 PICTURES = 12
 COLUMNS = (

@@ -232,7 +232,7 @@ class TFANet(nn.Module):
 
     @torch.no_grad()
     def _keep_tokens(self) -> None:
-        self.bank.tokens = self.net.embed(self._normed(self.bank.fused.to(self.channel_mean)))
+        self.bank.tokens = self.net.embed(self.fused_templates())
 
     # Features
 
@@ -378,7 +378,7 @@ class TFANet(nn.Module):
         if number < FEWEST:
             record.facts["template_check"] = "not enough pictures"
             return
-        known_fused = self._normed(self.bank.fused.to(mean))
+        known_fused = self.fused_templates()
         own = (F.avg_pool2d(known_fused, patch) - middle).square().sum(dim=1)  # (M, H, W)
         inside = self._valid_tokens(known_fused, self.bank.valid).view_as(own)
         look_at_places(self.bank, own, away / number, inside, record)
@@ -479,7 +479,7 @@ class TFANet(nn.Module):
     def _loss(
         self, fused: Tensor, valid: Tensor, seen: Tokens, which: Tensor, step: Step | None = None
     ) -> Loss:
-        known = self._normed(self.bank.fused.to(fused))
+        known = self.fused_templates()
         values = self.net.embed(known) if len(self.bank) and self.config.discard != "no_template" else known
         rebuilt = self._rebuilt(
             seen, self._template_tokens(values, which), which, self.net.grid_of(fused)
@@ -556,19 +556,31 @@ class TFANet(nn.Module):
 
     def _compare(self, pictures: Tensor, valid: Tensor) -> tuple[Difference, Tensor, Tensor]:
         """What is not rebuilt; each picture's template, and by how much it is the nearest."""
-        fused = self._normed(self._fused(pictures))
+        fused = self.fused(pictures)
         which, margin = self._nearest(fused, valid)
+        return difference(fused, self.rebuild(fused, valid, which)), which, margin
+
+    def fused(self, pictures: Tensor) -> Tensor:
+        """What is rebuilt: the taps on one grid, normalised, (B, C, h, w)."""
+        return self._normed(self._fused(pictures))
+
+    def fused_templates(self) -> Tensor:
+        """The same of the templates, (M, C, h, w)."""
+        return self._normed(self.bank.fused.to(self.channel_mean))
+
+    def rebuild(self, fused: Tensor, valid: Tensor, which: Tensor) -> Tensor:
+        """Fused features (B, C, h, w) rebuilt by way of the templates numbered `which` (B,)."""
         seen = Tokens(self.net.embed(fused), self._valid_tokens(fused, valid))
         grid = self.net.grid_of(fused)
-        rebuilt = self._rebuilt(seen, self._template_tokens(self.bank.tokens, which), which, grid)
-        return difference(fused, unpatchify(rebuilt, self.config.patch, grid)), which, margin
+        tokens = self._rebuilt(seen, self._template_tokens(self.bank.tokens, which), which, grid)
+        return unpatchify(tokens, self.config.patch, grid)
 
     def _rebuilt(self, seen: Tokens, template: Tokens | None, which: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is rebuilt, (B, N, k k C)."""
         rebuilt: Tensor = self.net(seen, template, grid)
         if self.config.residual == "none":
             return rebuilt
-        known = patchify(self._normed(self.bank.fused.to(rebuilt)), self.config.patch)
+        known = patchify(self.fused_templates(), self.config.patch)
         return rebuilt + known[which]
 
     def _joined(self, found: Difference) -> Tensor:
@@ -603,18 +615,17 @@ class TFANet(nn.Module):
         Args:
             blocks: of the first transformer, from 0; None takes all.
         """
-        fused = self._normed(self._fused(pictures))
-        inside = self._valid_tokens(fused, valid)
+        fused = self.fused(pictures)
         which, _ = self._nearest(fused, valid)
         grid = self.net.grid_of(fused)
-        seen, template = Tokens(self.net.embed(fused), inside), self._template_tokens(self.bank.tokens, which)
+        seen = Tokens(self.net.embed(fused), self._valid_tokens(fused, valid))
+        template = self._template_tokens(self.bank.tokens, which)
         maps: dict[str, Tensor] = {}
         if template is not None and self.config.discard == "template":
             by_block = list(self.net.attention(seen, template))
             attention = torch.stack([by_block[i] for i in blocks or range(len(by_block))]).mean(dim=0)
             maps = adoption_maps(attention, seen.valid, template.valid, self.net.cls_token is not None)
-        rebuilt = unpatchify(self._rebuilt(seen, template, which, grid), self.config.patch, grid)
-        found = difference(fused, rebuilt)
+        found = difference(fused, self.rebuild(fused, valid, which))
         shown = {name: pixel_map(torch.unflatten(m, 1, grid), valid, 0) for name, m in maps.items()}
         shown["error"] = pixel_map(self._joined(found), valid, 0)
         known = self.bank.templates()
