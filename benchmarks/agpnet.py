@@ -26,22 +26,16 @@ The diagnoses are explained in fettle/bench/copying.py.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-from PIL import Image
-
 from fettle.backbones.registry import DEFAULT_BACKBONE
-from fettle.bench import Cell, paired_difference, pasted, read_records, run_cells, spread
+from fettle.bench import Cell, paired_difference, read_records, run_cells, spread
 from fettle.bench.copying import diagnose
+from fettle.bench.pasted import pasted_layout
 from fettle.bench.records import record_path
 from fettle.datasets.open import open_dataset
 from fettle.datasets.products import merge_datasets
@@ -156,34 +150,9 @@ def open_data(name: str) -> Dataset:
     if name == "real":
         return merge_datasets({product: open_dataset(root / path) for product, path in PRODUCTS.items()})
     if name.startswith("pasted_"):
-        return open_dataset(pasted_layout(name.removeprefix("pasted_")))
+        product = name.removeprefix("pasted_")
+        return open_dataset(pasted_layout([r.path for r in open_data(product).good_for_training()], product))
     return open_dataset(root / PRODUCTS[name])
-
-
-def pasted_layout(product: str) -> Path:
-    """A labelled layout without a real defect; its test part is every third good training picture."""
-    paths = sorted(record.path for record in open_data(product).good_for_training())
-    made_of = [inspect.getsource(pasted), *map(str, paths)]
-    version = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
-    finished = Path(tempfile.gettempdir()) / f"fettle-pasted-{product}-{version}"
-    if finished.exists():
-        return finished
-    layout = Path(tempfile.mkdtemp(prefix=finished.name))
-    for number, path in enumerate(paths):
-        part = "train" if number % 3 else "test"
-        _save(layout / part / "good", path.stem, Image.open(path).convert("RGB"))
-    held_out = [np.asarray(Image.open(path).convert("RGB")) for path in paths[::3]]
-    for path, one in zip(paths[::3], pasted.paste_defects(held_out, seed=0), strict=True):
-        _save(layout / "test" / "pasted", path.stem, Image.fromarray(one.picture))
-        _save(layout / "ground_truth" / "pasted", f"{path.stem}_mask", Image.fromarray(one.mask))
-    with suppress(OSError):  # another process was faster
-        layout.rename(finished)
-    return finished
-
-
-def _save(folder: Path, name: str, picture: Image.Image) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{name}.png")
 
 
 def table() -> None:

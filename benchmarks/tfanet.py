@@ -15,6 +15,8 @@ part after its last step; nothing is chosen by test labels. Cells are named GROU
 - bank: four products in one model, with a template for each and with one for all.
 - template: what the template itself gives; the ablation that changes it alone.
 - ablation: one other thing changed at a time.
+- pasted: how the compact values were chosen, without a test label: two thirds of the good training pictures
+  are learnt from; the others, and the same ones with a defect pasted in, are told apart.
 
 What is measured besides is explained in fettle/bench/templates.py.
 """
@@ -34,6 +36,7 @@ import torch
 from fettle.backbones.registry import DEFAULT_BACKBONE
 from fettle.bench import Cell, read_records, run_cells, spread
 from fettle.bench.cost import interleaved
+from fettle.bench.pasted import pasted_layout
 from fettle.bench.records import record_path
 from fettle.bench.templates import FUSIONS, KEYS, controls, diagnose_template
 from fettle.datasets.open import open_dataset
@@ -76,6 +79,13 @@ OTHERS: dict[str, dict[str, Json]] = {
     "jitter": {"pool": "gaussian"},
 }
 BANKS: dict[str, dict[str, Json]] = {"bank": {}, "one": {"template_bank": "one"}}
+CHOICES: dict[str, dict[str, Json]] = {
+    "plain": {"residual": "none"},
+    "residual": {"residual": "template"},
+    "place": {"feature_norm": "place"},
+    "place_residual": {"feature_norm": "place", "residual": "template"},
+}
+CHOICE_STEPS = 400
 NUM_OTHER_TEMPLATES = 5
 
 
@@ -91,6 +101,14 @@ def cells() -> Iterator[Cell]:
     for group, arms in (("template", TEMPLATES), ("ablation", OTHERS)):
         for arm, settings in arms.items():
             yield cell(group, "magnetic_tile", arm, 0, settings)
+    yield from choices()
+
+
+def choices() -> Iterator[Cell]:
+    """Cells without a real defect."""
+    for data in ALL_SEEDS:
+        for arm, settings in CHOICES.items():
+            yield cell("pasted", f"pasted_{data}", arm, 0, settings, steps=CHOICE_STEPS)
 
 
 def cell(
@@ -102,6 +120,9 @@ def cell(
 
 def open_data(name: str) -> Dataset:
     root = Path(os.environ["FETTLE_DATA"])
+    if name.startswith("pasted_"):
+        product = name.removeprefix("pasted_")
+        return open_dataset(pasted_layout([r.path for r in open_data(product).good_for_training()], product))
     if name == "real":
         return merge_datasets({product: open_dataset(root / path) for product, path in PRODUCTS.items()})
     return open_dataset(root / PRODUCTS[name])
@@ -112,6 +133,8 @@ def look_again(detector: Detector, dataset: Dataset) -> dict[str, Json] | None:
     method = cast(TFANet, detector.method)
     if detector.product_calibrations or not len(method.bank) or method.config.discard != "template":
         return None
+    if dataset.root.name.startswith("fettle-pasted"):
+        return diagnose_template(detector, dataset)
     found = diagnose_template(detector, dataset, others=NUM_OTHER_TEMPLATES)
     return {**found, "controls": controls(detector, dataset)}
 

@@ -443,6 +443,7 @@ class Detector:
             methods = [method_class(backbone, config, levels) for _ in parts]
             for method, part in zip(methods, parts, strict=True):
                 _load_learnt(cast(torch.nn.Module, method), stored.tensors[part])
+                cast(torch.nn.Module, method).eval()  # a method may then compute with what it learnt
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFolderError(
                 f"The model {folder} is damaged: {error}.", "Fit it again, or restore it from a copy."

@@ -33,7 +33,7 @@ def from_png(data: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
             if max(picture.size) > _MAX_SIDE or picture.mode != "RGBA":
                 raise ValueError(f"it is {picture.size[0]} x {picture.size[1]} px, {picture.mode}")
             values = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ModelFolderError(
             f"The model's template is damaged: {error}.", "Fit it again, or restore a copy."
         ) from error

@@ -1,6 +1,8 @@
 """Which good pictures others are compared with: medoids of pooled features, and the nearest template.
 
-Vectors are unit vectors, one a picture; a distance is 1 - cosine (specification of TFA-Net, section 9).
+A vector is a picture's. Among good pictures distances are squared and Euclidean; of unit vectors that is
+twice 1 - cosine. Pooled features that are standardised have no length to lose: around their mean a direction
+would be chance, and an odd picture one of many.
 """
 
 from __future__ import annotations
@@ -26,9 +28,17 @@ def pooled(features: Tensor, valid: Tensor) -> Tensor:
     return F.normalize(mean_over(features, valid), dim=1)
 
 
+def from_middle(vectors: Tensor, middle: Tensor) -> Tensor:
+    """Squared distances of vectors (n, C) from a point (C,), in double precision."""
+    return (vectors.double() - middle.double()).square().sum(dim=1)
+
+
 def by_centrality(vectors: Tensor) -> Tensor:
-    """Numbers of the vectors (n, C), least summed distance to all others first; ties in their order."""
-    return (vectors.double() @ vectors.double().sum(dim=0)).argsort(descending=True, stable=True)
+    """Numbers of the vectors (n, C), least summed distance to all others first; ties in their order.
+
+    The sum of squared distances to all grows with the distance from their mean.
+    """
+    return from_middle(vectors, vectors.double().mean(dim=0)).argsort(stable=True)
 
 
 def medoids(vectors: Tensor, number: int) -> list[int]:
@@ -37,15 +47,18 @@ def medoids(vectors: Tensor, number: int) -> list[int]:
     Starts at the medoid, goes on with the farthest from those chosen, and then alternates between giving
     each vector to its nearest and taking each group's medoid.
     """
-    cosine = vectors.double() @ vectors.double().T  # (n, n)
     chosen = [int(by_centrality(vectors)[0])]
+    if number == 1:
+        return chosen
+    far = torch.cdist(vectors.double(), vectors.double()).square()  # (n, n)
     while len(chosen) < min(number, len(vectors)):
-        chosen.append(int(cosine[:, chosen].amax(dim=1).argmin()))
+        chosen.append(int(far[:, chosen].amin(dim=1).argmax()))
     for _ in range(_ALTERNATIONS):
-        nearest = cosine[:, chosen].argmax(dim=1)
-        groups = [torch.nonzero(nearest == i).flatten() for i in range(len(chosen))]
+        owner = far[:, chosen].argmin(dim=1)
+        groups = [torch.nonzero(owner == i).flatten() for i in range(len(chosen))]
         moved = [
-            int(g[cosine[g][:, g].sum(dim=1).argmax()]) if len(g) else chosen[i] for i, g in enumerate(groups)
+            int(own[far[own][:, own].sum(dim=1).argmin()]) if len(own) else former
+            for own, former in zip(groups, chosen, strict=True)
         ]
         if moved == chosen:
             break
@@ -62,15 +75,15 @@ class Oddness(NamedTuple):
 
 def oddness(vectors: Tensor, of: Tensor) -> Oddness:
     """Of a vector (C,) among those of good pictures (n, C) (section 9, check 1)."""
-    centre = F.normalize(vectors.double().sum(dim=0), dim=0)
-    distances, own = 1 - vectors.double() @ centre, float(1 - of.double() @ centre)
+    centre = vectors.double().mean(dim=0)
+    distances, own = from_middle(vectors, centre), from_middle(of[None], centre)[0]
     middle = distances.median()
     spread = _ROBUST * float((distances - middle).abs().median())
-    return Oddness((own - float(middle)) / max(spread, 1e-12), float((distances < own).double().mean()))
+    return Oddness(float(own - middle) / max(spread, 1e-12), float((distances < own).double().mean()))
 
 
 def nearest(vectors: Tensor, templates: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The nearest template of each vector, and by how much it is nearer than the next.
+    """The nearest template of each unit vector by cosine, and by how much it is nearer than the next.
 
     Args:
         vectors: (B, C). templates: (M, C). allowed: (B, M) bool; a row of none allows all.

@@ -85,6 +85,12 @@ class TemplateBank(nn.Module):
             changed[number] = getattr(alone, name)[0]
             setattr(self, name, changed)
 
+    def check(self) -> None:
+        """Raises ValueError where the buffers, which may come from a file, do not fit together."""
+        sizes = {len(part) for part in (self.png_ends, self.fused, self.valid, self.vectors)}
+        if len(sizes) > 1:
+            raise ValueError(f"its templates are {sorted(sizes)} in number")
+
     def known(self) -> list[Label]:
         """Each template's label.
 

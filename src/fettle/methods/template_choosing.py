@@ -64,7 +64,7 @@ class Gathered:
     """Good pictures in the order of their stream.
 
     Attributes:
-        seen: statistics of their fused features. vectors: pooled, (n, C).
+        seen: statistics of their fused features. vectors: means over valid places, normalised, (n, C).
     """
 
     seen: FeatureStatistics
@@ -109,7 +109,7 @@ def choose_templates(
         return [make(picture, name, "")]
     chosen = []
     for product in sorted(set(gathered.products)) if config.template_bank == "per_product" else [""]:
-        own = [i for i, p in enumerate(gathered.products) if product in ("", p)]
+        own = [i for i, p in enumerate(gathered.products) if config.template_bank == "one" or p == product]
         if config.template == "first":
             numbers = [min(own, key=lambda i: gathered.paths[i])]
         else:
@@ -159,9 +159,9 @@ def check_aspect(picture: FramedPicture, name: str, usual: float) -> None:
         )
 
 
-def look_at_whole(bank: TemplateBank, gathered: Gathered, record: FitRecord) -> None:
-    """Warn of a single template that is unlike the good pictures as a whole."""
-    found = oddness(gathered.vectors, bank.vectors[0])
+def look_at_whole(bank: TemplateBank, vector: Tensor, gathered: Gathered, record: FitRecord) -> None:
+    """Warn of a single template, with pooled features (C,), that is unlike the good pictures as a whole."""
+    found = oddness(gathered.vectors, vector)
     record.facts["template_z"], record.facts["template_rank"] = round(found.z, 3), round(found.rank, 3)
     if found.z > _FAR or found.rank > _FARTHEST:
         usual = by_centrality(gathered.vectors)[:3].tolist()
@@ -172,14 +172,25 @@ def look_at_whole(bank: TemplateBank, gathered: Gathered, record: FitRecord) -> 
         )
 
 
-def look_at_places(bank: TemplateBank, away: Tensor, usual: Tensor, valid: Tensor, record: FitRecord) -> None:
-    """Warn of a template that is unlike the good pictures at some of its places.
+def look_at_places(
+    bank: TemplateBank, away: Tensor, total: Tensor, counts: Tensor, member: bool, record: FitRecord
+) -> None:
+    """Warn of a template that is unlike the good pictures at some of its places (section 9, check 2).
+
+    A template that is one of them is compared with the others, since it would widen their spread itself.
 
     Args:
-        away: squared distance of each template's tokens from the mean there, (M, H, W).
-        usual: mean of the same over the good pictures, (H, W). valid: (M, H, W) bool.
+        away: squared distance of each template's tokens from the good pictures' mean there, (M, H, W).
+        total: sum of the same over the good pictures, (H, W). counts: how many are valid there, (H, W).
+        member: whether the templates are among the good pictures.
     """
-    odd = (away > _LOCALLY_FAR**2 * usual.clamp_min(1e-12)) & valid
+    others = counts
+    if member:
+        others = (counts - 1).clamp_min(1)
+        grown = counts / others  # by leaving it out, the mean moves away from it
+        total, away = total - grown * away, grown.square() * away
+    usual = (total / others.clamp_min(1)).clamp_min(1e-12)
+    odd = (away > _LOCALLY_FAR**2 * usual) & (counts >= FEWEST)
     for number, places in enumerate(odd):
         share = float(places.double().mean())
         if share > _LOCAL_SHARE:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fettle.errors import ConfigError, DataError
 from fettle.feature_cache.store import half_precision
+from fettle.images.header import file_sha256
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.patches import patchify, unpatchify
@@ -67,7 +68,7 @@ _STEM = 2  # stride of a ResNet's first level before its max-pool
 _LONGEST_GRID = 32  # fused positions along the longer side, where no stride is given
 _MAP_SIDE = 256  # framed px that `smooth_sigma` is given for
 _MOST_MASKED = 0.9  # where the share is random
-_LAST_STEPS = 0.9  # of the training, from where the maps' units are measured
+_FOLLOW = 0.99  # decay of the mean of the maps' units, a step
 _RARE = 0.99
 _CLOSE_CALL = 0.02  # difference of two cosines
 
@@ -93,7 +94,7 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
         residual: "template" adds the template's features to what is rebuilt.
         lambda_dir, lambda_dis: weights of the loss's two parts.
         fusion: of the direction and the distance map: their "product", "sum" (5 to 1), "calibrated_sum" (each
-            in units of its 99 % quantile on good pictures), or one of the two alone.
+            in units of its 99 % quantile on the pictures learnt from), or one of the two alone.
         smooth_sigma: blur of the maps, px at a side of 256.
         score: of the picture: the map's "std", "max", the mean of its "top1%", or its "mean".
         steps: compact value, see docs/results.md.
@@ -156,6 +157,7 @@ _PUBLISHED = TFANetConfig(
     clip=0,
     schedule="constant",
     warmup=0,
+    precision="fp32",
 )
 
 
@@ -185,8 +187,8 @@ class TFANet(nn.Module):
         ),
     }
 
-    channel_mean: Tensor  # (C,)
-    channel_deviation: Tensor  # (C,)
+    channel_mean: Tensor  # (C, 1, 1)
+    channel_deviation: Tensor  # (C, 1, 1)
     units: Tensor  # (2,) of distance and direction, for fusion "calibrated_sum"
     aspect: Tensor  # width over height of the good pictures' first
 
@@ -202,8 +204,8 @@ class TFANet(nn.Module):
         self.bank = TemplateBank()
         learned = config.template == "learned"
         self.learned = nn.Parameter(torch.zeros(0, config.width)) if learned else None
-        self.register_buffer("channel_mean", torch.zeros(self.channels))
-        self.register_buffer("channel_deviation", torch.ones(self.channels))
+        self.register_buffer("channel_mean", torch.zeros(self.channels, 1, 1))
+        self.register_buffer("channel_deviation", torch.ones(self.channels, 1, 1))
         self.register_buffer("units", torch.ones(2))
         self.register_buffer("aspect", torch.zeros((), dtype=torch.float64))
         self.scale = EnergyScale()
@@ -227,6 +229,7 @@ class TFANet(nn.Module):
         super().train(mode)
         cast(nn.Module, self.backbone).eval()
         if not mode and len(self.bank):
+            self.bank.check()
             self._keep_tokens()
         return self
 
@@ -239,7 +242,10 @@ class TFANet(nn.Module):
     def feature_key(self) -> str:
         """The recipe of `features`."""
         stem = ", pooled stem" if self.config.pool_stem else ""
-        return f"fused {','.join(self.levels)}, {self.config.align} at {self.config.grid_stride}{stem}"
+        recipe = f"fused {','.join(self.levels)}, {self.config.align} at {self.config.grid_stride}{stem}"
+        file = self.config.template_file
+        # A training that goes on must not take another file of the same name for its template.
+        return f"{recipe}, template {file_sha256(file)}" if file is not None and file.is_file() else recipe
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """All levels on one grid, side by side (section 2): {"fused": (B, C, h, w)}."""
@@ -273,7 +279,7 @@ class TFANet(nn.Module):
             return F.normalize(fused, dim=1)
         if self.config.feature_norm == "none":
             return fused
-        return (fused - self.channel_mean[:, None, None]) / self.channel_deviation[:, None, None]
+        return (fused - self.channel_mean) / self.channel_deviation
 
     # The fit
 
@@ -299,6 +305,7 @@ class TFANet(nn.Module):
         chosen = choose_templates(good, gathered, self.config, self._new_template, noise, record)
         if chosen:
             self.bank.store(chosen)
+            self._keep_tokens()  # so that their shape is known when a training goes on
         self._products = [one.product for one in chosen]
         self._walk_again(good, gathered, record)
         return record
@@ -324,7 +331,7 @@ class TFANet(nn.Module):
         size = good.framed(paths[0]).size
         self.aspect.fill_(size[1] / size[0])
         vectors = self._normed(torch.cat(means)[:, :, None, None])[:, :, 0, 0]
-        return Gathered(seen, F.normalize(vectors, dim=1), paths, products)
+        return Gathered(seen, vectors, paths, products)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         patch = self.config.patch
@@ -341,8 +348,8 @@ class TFANet(nn.Module):
         deviation = (seen.squares / number - mean.square()).clamp_min(0).sqrt()
         deviation = deviation.clamp_min(1e-6 * float(deviation.max())).clamp_min(1e-12)
         if self.config.feature_norm == "standard":
-            self.channel_mean = mean.to(self.channel_mean)
-            self.channel_deviation = deviation.to(self.channel_mean)
+            self.channel_mean = mean.to(self.channel_mean)[:, None, None]
+            self.channel_deviation = deviation.to(self.channel_mean)[:, None, None]
 
     def _start(self, grid: tuple[int, int], run: Run) -> None:
         """A network for this grid, with new weights."""
@@ -359,31 +366,39 @@ class TFANet(nn.Module):
     def _walk_again(self, good: FeatureStream, gathered: Gathered, record: FitRecord) -> None:
         """What predicting the mean costs, and whether the templates look like the good pictures."""
         patch, seen = self.config.patch, gathered.seen
-        mean = self._normed((seen.sums / seen.counts.clamp_min(1)).to(self.channel_mean)[None])
+        mean = (seen.sums / seen.counts.clamp_min(1)).to(self.channel_mean)[None]
+        if self.config.feature_norm != "l2":  # of these, unit vectors were summed
+            mean = self._normed(mean)
         guess, middle = patchify(mean, patch), F.avg_pool2d(mean, patch)
-        cost, tokens, number = 0.0, 0, 0
-        away = torch.zeros(middle.shape[2:], device=mean.device)  # (H, W)
+        cost, number = 0.0, 0
+        counts = torch.zeros(middle.shape[2:], device=mean.device)  # valid tokens at each place, (H, W)
+        total = torch.zeros_like(counts)
         for batch in good:
             fused = self._normed(batch.features["fused"])
             valid = self._valid_tokens(fused, batch.valid)
-            known = int(valid.sum())
-            cost += known * float(self._cost(guess.expand(len(fused), -1, -1), patchify(fused, patch), valid))
-            tokens += known
+            value = self._cost(guess.expand(len(fused), -1, -1), patchify(fused, patch), valid)
+            cost += float(value) * int(valid.sum())
             number += len(fused)
-            away += (F.avg_pool2d(fused, patch) - middle).square().sum(dim=(0, 1))
-        self._baseline = cost / max(tokens, 1) if number > 1 else 0.0  # one picture is its own mean
+            at_places = valid.view(-1, *counts.shape)
+            counts += at_places.sum(dim=0)
+            total += (self._from_middle(fused, middle) * at_places).sum(dim=0)
+        self._baseline = cost / max(float(counts.sum()), 1) if number > 1 else 0.0  # one is its own mean
         record.facts["mean_cost"] = self._baseline
-        if self.config.template not in ("medoid", "first", "file"):
+        if self.config.template not in ("medoid", "first", "file") or len(set(gathered.products)) > 1:
             return
         if number < FEWEST:
             record.facts["template_check"] = "not enough pictures"
             return
-        known_fused = self.fused_templates()
-        own = (F.avg_pool2d(known_fused, patch) - middle).square().sum(dim=1)  # (M, H, W)
-        inside = self._valid_tokens(known_fused, self.bank.valid).view_as(own)
-        look_at_places(self.bank, own, away / number, inside, record)
+        known = self.fused_templates()
+        member = self.config.template != "file" or str(self.config.template_file) in gathered.paths
+        look_at_places(self.bank, self._from_middle(known, middle), total, counts, member, record)
         if len(self.bank) == 1:
-            look_at_whole(self.bank, gathered, record)
+            vector = mean_over(known, valid_on_grid(known, self.bank.valid))[0]
+            look_at_whole(self.bank, vector, gathered, record)
+
+    def _from_middle(self, fused: Tensor, middle: Tensor) -> Tensor:
+        """Squared distance of each token's mean from (1, C, H, W), (B, H, W)."""
+        return (F.avg_pool2d(fused, self.config.patch) - middle).square().sum(dim=1)
 
     # Templates
 
@@ -479,13 +494,14 @@ class TFANet(nn.Module):
     def _loss(
         self, fused: Tensor, valid: Tensor, seen: Tokens, which: Tensor, step: Step | None = None
     ) -> Loss:
-        known = self.fused_templates()
-        values = self.net.embed(known) if len(self.bank) and self.config.discard != "no_template" else known
+        values = self.bank.tokens
+        if len(self.bank) and self.config.discard != "no_template":
+            values = self.net.embed(self.fused_templates())
         rebuilt = self._rebuilt(
             seen, self._template_tokens(values, which), which, self.net.grid_of(fused)
         ).float()
-        if step is not None and self.config.fusion == "calibrated_sum" and step.share >= _LAST_STEPS:
-            self._measure_units(fused, rebuilt.detach())
+        if step is not None and self.config.fusion == "calibrated_sum":
+            self._measure_units(fused, rebuilt.detach(), valid, anew=step.number == 0)
         return Loss(self._cost(rebuilt, patchify(fused, self.config.patch), valid), self._baseline)
 
     def _perturbed(self, fused: Tensor, valid: Tensor, step: Step) -> Tensor:
@@ -524,12 +540,16 @@ class TFANet(nn.Module):
         return (both * valid).sum() / valid.sum().clamp_min(1)
 
     @torch.no_grad()
-    def _measure_units(self, fused: Tensor, rebuilt: Tensor) -> None:
-        """Follow the maps' 99 % quantiles on the last pictures learnt from."""
-        found = difference(fused, unpatchify(rebuilt, self.config.patch, self.net.grid_of(fused)))
-        rare = torch.stack([part.flatten().quantile(_RARE) for part in found]).to(self.units)
-        first = bool((self.units == 1).all())
-        self.units = rare if first else 0.9 * self.units + 0.1 * rare
+    def _measure_units(self, fused: Tensor, rebuilt: Tensor, valid: Tensor, *, anew: bool) -> None:
+        """Follow the two maps' 99 % quantiles on the pictures learnt from."""
+        grid = self.net.grid_of(fused)
+        inside = torch.unflatten(valid, 1, grid).repeat_interleave(self.config.patch, 1)
+        inside = inside.repeat_interleave(self.config.patch, 2)  # (B, h, w)
+        if not bool(inside.any()):
+            return
+        found = difference(fused, unpatchify(rebuilt, self.config.patch, grid))
+        rare = torch.stack([part[inside].quantile(_RARE) for part in found]).to(self.units)
+        self.units = rare if anew else _FOLLOW * self.units + (1 - _FOLLOW) * rare
 
     # Inspection
 
@@ -626,7 +646,11 @@ class TFANet(nn.Module):
             attention = torch.stack([by_block[i] for i in blocks or range(len(by_block))]).mean(dim=0)
             maps = adoption_maps(attention, seen.valid, template.valid, self.net.cls_token is not None)
         found = difference(fused, self.rebuild(fused, valid, which))
-        shown = {name: pixel_map(torch.unflatten(m, 1, grid), valid, 0) for name, m in maps.items()}
+        at_template = self.bank.valid[which] if len(self.bank) else valid
+        shown = {}
+        for name, values in maps.items():
+            place = at_template if name == "taken" else valid
+            shown[name] = pixel_map(torch.unflatten(values, 1, grid), place, 0)
         shown["error"] = pixel_map(self._joined(found), valid, 0)
         known = self.bank.templates()
         templates = {"template": torch.stack([known[i].pixels for i in which.tolist()])} if known else {}
