@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _NO_LENGTH = 1e-6  # a shorter vector has no direction
+_RARE = 0.99
+_DIRECTIONS_WEIGHT = 5.0  # that of the published loss
+
+
+Fusion: TypeAlias = Literal["product", "sum", "calibrated_sum", "distance", "direction"]
+"""How the two maps become one: their product, 5 to 1, in units of rare good places, or one of the two."""
 
 
 class Difference(NamedTuple):
@@ -25,6 +31,35 @@ def difference(fused: Tensor, rebuilt: Tensor) -> Difference:
     direction = (1 - F.cosine_similarity(fused, rebuilt, dim=1, eps=1e-8)).clamp(0, 2)
     empty = fused.square().sum(dim=1) < _NO_LENGTH**2
     return Difference(distance, direction.masked_fill(empty, 1.0))
+
+
+def joined(found: Difference, fusion: Fusion, units: Tensor) -> Tensor:
+    """One map of two (section 8). `units` (2,) of distance and direction are for "calibrated_sum"."""
+    distance, direction = found
+    match fusion:
+        case "product":
+            return direction * distance
+        case "sum":
+            return _DIRECTIONS_WEIGHT * direction + distance
+        case "calibrated_sum":
+            return distance / units[0] + direction / units[1]
+        case "distance":
+            return distance
+        case "direction":
+            return direction
+
+
+def units_of(found: Difference, valid: Tensor) -> Tensor | None:
+    """The 99 % quantile of each map over its valid places, (2,); None without any.
+
+    Args:
+        valid: (B, H, W) bool, on a grid that the maps' is a multiple of.
+    """
+    height, width = (found.distance.shape[axis] // valid.shape[axis] for axis in (1, 2))
+    inside = valid.repeat_interleave(height, 1).repeat_interleave(width, 2)
+    if not bool(inside.any()):
+        return None
+    return torch.stack([part[inside].float().quantile(_RARE) for part in found])
 
 
 def adoption_maps(attention: Tensor, seen: Tensor, template: Tensor, has_cls: bool) -> dict[str, Tensor]:

@@ -24,13 +24,14 @@ from fettle.feature_cache.store import half_precision
 from fettle.images.header import file_sha256
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
+from fettle.layers.fused_levels import FusedLevels
 from fettle.layers.patches import patchify, unpatchify
 from fettle.layers.pixel_map import pixel_map
 from fettle.layers.taps import levels_of_strides, spaced_blocks
 from fettle.layers.template_aggregation import AggregationConfig, TemplateAggregation, Tokens
 from fettle.layers.template_choice import mean_over, nearest, pooled
-from fettle.layers.template_maps import Difference, adoption_maps, difference
-from fettle.layers.token_grid import Align, MapScore, aligned_to, enlarged, score_of_map, valid_on_grid
+from fettle.layers.template_maps import Difference, Fusion, adoption_maps, difference, joined, units_of
+from fettle.layers.token_grid import Align, MapScore, enlarged, score_of_map, valid_on_grid
 from fettle.methods.template_bank import NewTemplate, TemplateBank
 from fettle.methods.template_choosing import (
     FEWEST,
@@ -64,12 +65,9 @@ from fettle.training import TrainingConfig
 
 _STRIDES = (4, 8, 16)
 _MORE = 2  # stride taken besides, where a pyramid has fewer than two of these
-_STEM = 2  # stride of a ResNet's first level before its max-pool
-_LONGEST_GRID = 32  # fused positions along the longer side, where no stride is given
 _MAP_SIDE = 256  # framed px that `smooth_sigma` is given for
 _MOST_MASKED = 0.9  # where the share is random
 _FOLLOW = 0.99  # decay of the mean of the maps' units, a step
-_RARE = 0.99
 _CLOSE_CALL = 0.02  # difference of two cosines
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -118,7 +116,7 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
     residual: Literal["none", "template"] = "none"
     lambda_dir: float = Field(default=5.0, ge=0, le=1e6)
     lambda_dis: float = Field(default=1.0, ge=0, le=1e6)
-    fusion: Literal["product", "sum", "calibrated_sum", "distance", "direction"] = "product"
+    fusion: Fusion = "product"
     smooth_sigma: float = Field(default=4.0, ge=0, le=100)
     score: MapScore = "std"
 
@@ -198,7 +196,8 @@ class TFANet(nn.Module):
         self.config = config
         self.levels = tuple(levels)
         known = [level for name in levels if (level := backbone.spec.level(name))]
-        self._strides = {level.name: level.stride for level in known}
+        strides = {level.name: level.stride for level in known}
+        self._fuse = FusedLevels(strides, config.align, config.grid_stride, config.pool_stem)
         self.channels = sum(level.channels for level in known)
         self.net = TemplateAggregation(self.channels, (0, 0), config)
         self.bank = TemplateBank()
@@ -241,8 +240,7 @@ class TFANet(nn.Module):
 
     def feature_key(self) -> str:
         """The recipe of `features`."""
-        stem = ", pooled stem" if self.config.pool_stem else ""
-        recipe = f"fused {','.join(self.levels)}, {self.config.align} at {self.config.grid_stride}{stem}"
+        recipe = self._fuse.recipe()
         file = self.config.template_file
         # A training that goes on must not take another file of the same name for its template.
         return f"{recipe}, template {file_sha256(file)}" if file is not None and file.is_file() else recipe
@@ -252,26 +250,7 @@ class TFANet(nn.Module):
         return {"fused": self._fused(pictures)}
 
     def _fused(self, pictures: Tensor) -> Tensor:
-        by_name = self.backbone(pictures, self.levels)
-        stride = self._stride(pictures)
-        grid = (pictures.shape[-2] // stride, pictures.shape[-1] // stride)
-        return torch.cat(
-            [aligned_to(self._stage(by_name, n), grid, self.config.align) for n in self.levels], 1
-        )
-
-    def _stage(self, by_name: dict[str, Tensor], name: str) -> Tensor:
-        if self.config.pool_stem and self._strides[name] == _STEM:
-            return F.max_pool2d(by_name[name], 3, stride=2, padding=1)
-        return by_name[name]
-
-    def _stride(self, pictures: Tensor) -> int:
-        """Framed px a fused position."""
-        if self.config.grid_stride is not None:
-            return self.config.grid_stride
-        stride = min(2 * s if self.config.pool_stem and s == _STEM else s for s in self._strides.values())
-        while max(pictures.shape[-2:]) > _LONGEST_GRID * stride:
-            stride *= 2
-        return stride
+        return self._fuse(self.backbone(pictures, self.levels), (pictures.shape[-2], pictures.shape[-1]))
 
     def _normed(self, fused: Tensor) -> Tensor:
         """Fused features (B, C, h, w) by `feature_norm`."""
@@ -501,7 +480,7 @@ class TFANet(nn.Module):
             seen, self._template_tokens(values, which), which, self.net.grid_of(fused)
         ).float()
         if step is not None and self.config.fusion == "calibrated_sum":
-            self._measure_units(fused, rebuilt.detach(), valid, anew=step.number == 0)
+            self._follow_units(fused, rebuilt.detach(), valid, anew=step.number == 0)
         return Loss(self._cost(rebuilt, patchify(fused, self.config.patch), valid), self._baseline)
 
     def _perturbed(self, fused: Tensor, valid: Tensor, step: Step) -> Tensor:
@@ -540,16 +519,13 @@ class TFANet(nn.Module):
         return (both * valid).sum() / valid.sum().clamp_min(1)
 
     @torch.no_grad()
-    def _measure_units(self, fused: Tensor, rebuilt: Tensor, valid: Tensor, *, anew: bool) -> None:
-        """Follow the two maps' 99 % quantiles on the pictures learnt from."""
+    def _follow_units(self, fused: Tensor, rebuilt: Tensor, valid: Tensor, *, anew: bool) -> None:
+        """Follow the units of the two maps on the pictures learnt from."""
         grid = self.net.grid_of(fused)
-        inside = torch.unflatten(valid, 1, grid).repeat_interleave(self.config.patch, 1)
-        inside = inside.repeat_interleave(self.config.patch, 2)  # (B, h, w)
-        if not bool(inside.any()):
-            return
         found = difference(fused, unpatchify(rebuilt, self.config.patch, grid))
-        rare = torch.stack([part[inside].quantile(_RARE) for part in found]).to(self.units)
-        self.units = rare if anew else _FOLLOW * self.units + (1 - _FOLLOW) * rare
+        seen = units_of(found, torch.unflatten(valid, 1, grid))
+        if seen is not None:
+            self.units = seen if anew else _FOLLOW * self.units + (1 - _FOLLOW) * seen
 
     # Inspection
 
@@ -560,7 +536,7 @@ class TFANet(nn.Module):
         found, which, margin = self._compare(pictures, valid)
         sigma = self.config.smooth_sigma * min(pictures.shape[-2:]) / _MAP_SIDE
         smooth = Difference(*(self._on_pixels(part, valid, sigma) for part in found))
-        anomaly_map = self._joined(smooth)
+        anomaly_map = joined(smooth, self.config.fusion, self.units)
         remarks = torch.stack([which.to(margin), margin], dim=1) if len(self.bank) > 1 else None
         return Maps(anomaly_map, score_of_map(anomaly_map, valid[:, 0], self.config.score), remarks)
 
@@ -571,7 +547,7 @@ class TFANet(nn.Module):
 
     def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """(B, h, w): the joined maps before they are enlarged, on the stored scale."""
-        energy: Tensor = self.scale(self._joined(self._compare(pictures, valid)[0]))
+        energy: Tensor = self.scale(joined(self._compare(pictures, valid)[0], self.config.fusion, self.units))
         return energy
 
     def _compare(self, pictures: Tensor, valid: Tensor) -> tuple[Difference, Tensor, Tensor]:
@@ -602,21 +578,6 @@ class TFANet(nn.Module):
             return rebuilt
         known = patchify(self.fused_templates(), self.config.patch)
         return rebuilt + known[which]
-
-    def _joined(self, found: Difference) -> Tensor:
-        """One map of two (section 8)."""
-        distance, direction = found
-        match self.config.fusion:
-            case "product":
-                return direction * distance
-            case "sum":
-                return 5 * direction + distance
-            case "calibrated_sum":
-                return distance / self.units[0] + direction / self.units[1]
-            case "distance":
-                return distance
-            case "direction":
-                return direction
 
     def _on_pixels(self, values: Tensor, valid: Tensor, sigma: float) -> Tensor:
         if self.config.align == "corners":
@@ -651,7 +612,7 @@ class TFANet(nn.Module):
         for name, values in maps.items():
             place = at_template if name == "taken" else valid
             shown[name] = pixel_map(torch.unflatten(values, 1, grid), place, 0)
-        shown["error"] = pixel_map(self._joined(found), valid, 0)
+        shown["error"] = pixel_map(joined(found, self.config.fusion, self.units), valid, 0)
         known = self.bank.templates()
         templates = {"template": torch.stack([known[i].pixels for i in which.tolist()])} if known else {}
         return Explanation(
