@@ -80,10 +80,8 @@ OTHERS: dict[str, dict[str, Json]] = {
 }
 BANKS: dict[str, dict[str, Json]] = {"bank": {}, "one": {"template_bank": "one"}}
 CHOICES: dict[str, dict[str, Json]] = {
-    "plain": {"residual": "none"},
+    "compact": {},
     "residual": {"residual": "template"},
-    "place": {"feature_norm": "place"},
-    "place_residual": {"feature_norm": "place", "residual": "template"},
 }
 CHOICE_STEPS = 400
 NUM_OTHER_TEMPLATES = 5
@@ -242,7 +240,7 @@ def template_times(preset: str, backbone: str, weights: str | None, device: str)
         return method(pictures, valid)
 
     def encoded() -> object:
-        method.bank.tokens = method.net.embed(method.fused(template))
+        method.bank.tokens = method.net.embed(method.target(template))
         return method(pictures, valid)
 
     return interleaved(kept, encoded, rounds=15 if preset == "compact" else 5, device=device)

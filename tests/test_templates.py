@@ -250,12 +250,12 @@ def test_the_card_tells_that_the_template_changed(fit: Callable[..., Detector], 
         fresh, template=shutil.copy(tmp_path / "good" / "005.png", tmp_path / "n.png")
     )
     sha256 = file_sha256(tmp_path / "n.png")
-    assert moved.card["template_changed"] == {"name": "n.png", "sha256": sha256}
+    assert moved.card["template_changes"] == [{"name": "n.png", "sha256": sha256, "product": ""}]
     assert [(own["name"], own["sha256"]) for own in moved.card["templates"]] == [("n.png", sha256)]  # type: ignore[union-attr,call-overload,index]
     assert not any(warning.startswith("Unusual template") for warning in moved.warnings())
     moved.save(tmp_path / "model")
     described = Detector.load(tmp_path / "model").describe()
-    assert described["template_changed"] == moved.card["template_changed"]
+    assert described["template_changes"] == moved.card["template_changes"]
     assert [own.name for own in Detector.load(tmp_path / "model").templates()] == ["n.png"]
 
 

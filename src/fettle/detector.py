@@ -328,7 +328,9 @@ class Detector:
             method, sha256 = with_template(method, path, template_product, self.frame, self.device)
             known = [*known, sha256[:16]]  # the model now knows this picture too
             changed["picture_keys"] = cast("list[Json]", known)
-            changed["template_changed"] = {"name": path.name, "sha256": sha256}
+            former = cast("list[Json]", self.card.get("template_changes", []))
+            change: Json = {"name": path.name, "sha256": sha256, "product": template_product}
+            changed["template_changes"] = [*former, change]
         if self.product_calibrations and isinstance(good, Path | str):
             good = self.open_labelled(Path(good))
         gathered = gather_good(
@@ -365,8 +367,8 @@ class Detector:
             products = [product_of.get(key, "") for key in judged.keys]
             templates = judge_templates(method, judged.scores, products, self.device)
             changed["templates"] = templates.card
-            former = [warning for warning in self.warnings() if not warning.startswith(UNUSUAL_TEMPLATE)]
-            warnings = [*former, *templates.warnings]
+            kept_words = [words for words in self.warnings() if not words.startswith(UNUSUAL_TEMPLATE)]
+            warnings = [*kept_words, *templates.warnings]
         if num_known:
             warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
         unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]

@@ -187,6 +187,11 @@ def fit_parts(
         good.pictures, request.calibration, holdout=needed, learn_all=request.shots is not None
     )
     method = judged.method
+    known = [picture.key for picture in good.pictures]
+    if isinstance(method, Templated):  # a template scores well against itself
+        own = [template.sha256 for template in method.templates() if template.sha256]
+        judged.leave_out(own)
+        known += [key for key in own if key not in known]
     if judged.energies is not None:
         method.settle(judged.energies)
     product_of = {picture.key: picture.product for picture in good.pictures if request.multi_class}
@@ -218,7 +223,7 @@ def fit_parts(
             **({"products": dict(Counter(product_of.values()))} if product_of else {}),
             "refused": [asdict(refusal) for refusal in refused],
         },
-        "picture_keys": [picture.key[:16] for picture in good.pictures],
+        "picture_keys": [key[:16] for key in known],
         "fit": judged.record.facts,
         **({"templates": templates.card} if isinstance(method, Templated) else {}),
         "warnings": [*judged.record.warnings, *templates.warnings, *_product_warnings(dataset, request)],

@@ -12,7 +12,7 @@ Ways, the raw material of calibration (base-methods 8.3):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal, TypeAlias, cast
@@ -31,7 +31,7 @@ from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
 from fettle.layers.pixel_map import valid_tokens
-from fettle.protocols import FitRecord, LeavesOut, LeftOut, Method, Progress, Run, Trained
+from fettle.protocols import Finishes, FitRecord, LeavesOut, LeftOut, Method, Progress, Run, Trained
 from fettle.training import TrainingConfig, train
 
 CalibrationMode: TypeAlias = Literal["auto", "leave_one_out", "holdout", "kfold", "cross"]
@@ -93,6 +93,13 @@ class FittedMethod(Judged):
     num_fit: int = field(kw_only=True)
     folds: list[int] | None = None
     fold_methods: tuple[Method, ...] = ()
+
+    def leave_out(self, keys: Collection[str]) -> None:
+        """Forget what the pictures with these keys scored; energies, which have no owner, stay."""
+        kept = [i for i, key in enumerate(self.keys) if key not in keys]
+        for name in ("scores", "groups", "pixel_statistics", "keys", "folds"):
+            values = getattr(self, name)
+            setattr(self, name, None if values is None else [values[i] for i in kept])
 
 
 class Fitter:
@@ -239,6 +246,8 @@ class Fitter:
         trained = train(method, stream, run, held_out=held_out)
         self._note(stream.refusals + (held_out.refusals if held_out else []))
         cast(torch.nn.Module, method).eval()
+        if isinstance(method, Finishes):
+            method.finish(stream)
         record = FitRecord({**record.facts, **trained.facts}, record.warnings + trained.warnings)
         return method, record, self._num_readable(learnt)
 

@@ -454,3 +454,12 @@ class Trained(Method, Protocol):
     def after_step(self, step: Step) -> None:
         """What follows an optimiser step, such as a momentum copy."""
         ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A trained method that measures something of its own with its final weights."""
+
+    def finish(self, good: FeatureStream) -> None:
+        """After the training: look once more at the pictures learnt from, nothing perturbed."""
+        ...

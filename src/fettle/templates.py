@@ -63,7 +63,7 @@ def judge_templates(
             }
         )
         own = [s for s, p in zip(scores, products, strict=True) if template.product in ("", p)]
-        if len(own) >= _FEWEST_SCORES and score > np.quantile(own, _USUAL):
+        if template.sha256 and len(own) >= _FEWEST_SCORES and score > np.quantile(own, _USUAL):
             facts.warnings.append(
                 f"{UNUSUAL_TEMPLATE}: '{template.name}' itself scores {score:.3g}, more than "
                 f"{_USUAL:.0%} of the {len(own)} good pictures judged. Look at it. Another fit may choose a "

@@ -22,7 +22,18 @@ from fettle.checkpoint import DamagedState, Header, forget, read_state, signals_
 from fettle.errors import ConfigError, DataError, FettleError
 from fettle.picture_order import PictureOrder
 from fettle.processes import Processes, is_main_process, open_processes, process_device
-from fettle.protocols import Batch, FitRecord, Json, Loss, Run, Step, Trained, no_progress, no_words
+from fettle.protocols import (
+    Batch,
+    FitRecord,
+    Json,
+    Loss,
+    Run,
+    Step,
+    Templated,
+    Trained,
+    no_progress,
+    no_words,
+)
 from fettle.training_config import TrainingConfig, learning_rate, planned_steps
 from fettle.training_state import Figures, TrainingState
 
@@ -394,6 +405,7 @@ class _Loop:
             [run.seed, self.processes.count, torch.__version__],
             [[*pictures.products] for pictures in both],
             [[*pictures.keys] for pictures in both],
+            [one.sha256 for one in method.templates()] if isinstance(method, Templated) else [],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

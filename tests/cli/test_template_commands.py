@@ -33,8 +33,10 @@ def test_calibrate_takes_another_template(model: Path, fresh: Path, tmp_path: Pa
     answer = fettle("calibrate", model, fresh, "-o", tmp_path / "model2", "--template", template, "--json")
     assert (answer.code, answer.json["num_calibration"]) == (0, 19)
     described = Detector.load(tmp_path / "model2").describe()
-    assert described["template_changed"] == {"name": "004.png", "sha256": file_sha256(template)}
-    assert "template_changed" not in Detector.load(model).describe()
+    assert described["template_changes"] == [
+        {"name": "004.png", "sha256": file_sha256(template), "product": ""}
+    ]
+    assert "template_changes" not in Detector.load(model).describe()
 
 
 def test_a_run_shows_the_template_and_notes_what_was_compared(

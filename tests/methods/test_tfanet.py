@@ -23,6 +23,7 @@ from fettle.detector import Detector, _learnt, _load_learnt
 from fettle.errors import ConfigError, DataError, ModelFolderError
 from fettle.layers.patches import patchify
 from fettle.layers.template_aggregation import TemplateAggregation, Tokens
+from fettle.layers.template_maps import difference
 from fettle.methods.registry import make_config
 from fettle.methods.tfanet import TFANet, TFANetConfig
 from fettle.perturb.token_mask import keep_indices
@@ -90,7 +91,8 @@ class Stream:
         if path in self.files:
             return self.files[path]
         number = self.paths.index(path)
-        return framed(self.views[number : number + 1], valid=self.valid[number : number + 1])
+        own = slice(number, number + 1)
+        return framed(self.views[own], valid=self.valid[own], sha256=path)  # which is its key here
 
 
 def unprepared(**settings: object) -> TFANet:
@@ -150,7 +152,7 @@ def test_cached_tokens_are_those_of_the_template_alone() -> None:
     method = prepared(template="first")
     with torch.no_grad():
         alone = method.features(pictures(1), all_valid(pictures(1)))["fused"].half().float()
-        tokens = method.net.embed(method._normed(alone))
+        tokens = method.net.embed(method._normed(alone.contiguous()))
     assert torch.equal(method.bank.tokens, tokens)
 
 
@@ -183,7 +185,7 @@ def test_a_prepared_method_answers_before_it_is_sent_to_eval_mode() -> None:
 def test_without_input_tokens_nothing_depends_on_the_input() -> None:
     method = prepared()
     with torch.no_grad():
-        fused = method.fused(pictures(2, first=10))
+        fused = method.target(pictures(2, first=10))
         which, none = torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 64, 64, dtype=torch.bool)
         assert torch.equal(*method.rebuild(fused, none, which))
         assert not torch.equal(*method.rebuild(fused, ~none, which))
@@ -217,14 +219,31 @@ def test_the_grid_has_no_more_than_32_places_a_side(size: int, grid: int) -> Non
 
 
 def test_a_grid_without_whole_patches_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"16 x 16 features has no whole patches of 3.*--set patch=1"):
-        prepared(patch=3)
+    with pytest.raises(ConfigError, match=r"16 x 16 positions has no whole patches of 3.*--set patch=1"):
+        prepared(patch=3, grid_stride=4)
+
+
+@pytest.mark.parametrize(
+    ("sides", "grid"),
+    [((64, 64), (16, 16)), ((256, 256), (32, 32)), ((224, 288), (24, 32)), ((448, 608), (22, 32))],
+)
+def test_the_grid_keeps_the_shape_and_has_whole_patches(sides: Any, grid: Any) -> None:
+    method = unprepared()
+    assert method._fuse.grid(sides) == grid
+    views = torch.rand(1, 3, *sides, generator=seeded())
+    with torch.no_grad():
+        assert method.features(views, all_valid(views))["fused"].shape[-2:] == grid
+
+
+def test_a_stride_longer_than_the_picture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="0 x 0 positions"):
+        prepared(grid_stride=200)
 
 
 def test_standard_features_have_no_mean_and_unit_deviation() -> None:
     method = prepared()
     with torch.no_grad():
-        fused = method.fused(pictures())
+        fused = method.target(pictures())
     torch.testing.assert_close(fused.mean(dim=(0, 2, 3)), torch.zeros(36), atol=1e-2, rtol=0)
     torch.testing.assert_close(fused.std(dim=(0, 2, 3)), torch.ones(36), atol=1e-2, rtol=0)
 
@@ -249,7 +268,7 @@ def test_padding_has_no_say_in_the_scale() -> None:
     ruined[..., 56:] = 0  # out of reach of the network's last valid place
     again = prepared(ruined, stream={"valid": valid})
     with torch.no_grad():
-        seen = [method.fused(pictures(2, first=10)) for method in (cut, again, prepared())]
+        seen = [method.target(pictures(2, first=10)) for method in (cut, again, prepared())]
     torch.testing.assert_close(seen[0], seen[1])
     assert not torch.allclose(seen[0], seen[2], atol=1e-3)
 
@@ -264,7 +283,7 @@ def test_features_that_are_nan_are_refused() -> None:
 def test_unit_features_have_unit_length() -> None:
     method = prepared(feature_norm="l2")
     with torch.no_grad():
-        torch.testing.assert_close(method.fused(pictures()).norm(dim=1), torch.ones(4, 16, 16))
+        torch.testing.assert_close(method.target(pictures()).norm(dim=1), torch.ones(4, 16, 16))
 
 
 @pytest.mark.parametrize("feature_norm", ["none", "standard", "l2"])
@@ -297,7 +316,7 @@ def test_medoid_has_the_least_summed_distance_of_pooled_features() -> None:
     views = pictures(7) * torch.linspace(0.5, 1, 7)[:, None, None, None]
     method = prepared(views)
     with torch.no_grad():
-        vectors = nn.functional.normalize(method.fused(views).mean(dim=(2, 3)), dim=1).double()
+        vectors = nn.functional.normalize(method.target(views).mean(dim=(2, 3)), dim=1).double()
     best = int((1 - vectors @ vectors.T).sum(dim=1).argmin())
     assert names(method) == [f"{best}.png"]
 
@@ -475,7 +494,7 @@ def test_the_margin_is_a_difference_of_cosines() -> None:
     method, views = of_two(), pictures(2, first=30)
     with torch.no_grad():
         remarks = method(views, all_valid(views)).remarks
-        vectors = nn.functional.normalize(method.fused(views).mean(dim=(2, 3)), dim=1)
+        vectors = nn.functional.normalize(method.target(views).mean(dim=(2, 3)), dim=1)
     ordered = (vectors @ method.bank.vectors.T).sort(dim=1, descending=True).values
     assert remarks is not None
     torch.testing.assert_close(remarks[:, 1], ordered[:, 0] - ordered[:, 1])
@@ -495,7 +514,7 @@ def unusual(record: FitRecord) -> list[str]:
 
 def test_an_odd_file_among_the_good_pictures_warns_by_name_and_with_three_better_ones() -> None:
     views = near_equal(21, odd=4)
-    stream = {"files": {"odd.png": framed(views[4:5])}}
+    stream = {"files": {"odd.png": framed(views[4:5], sha256="4.png")}}  # one of them, by another path
     record = fit(views, template="file", template_file="odd.png", stream=stream)[1]
     (whole,) = [warning for warning in unusual(record) if "good pictures' middle" in warning]
     assert "'odd.png'" in whole and "--set template=medoid" in whole and "'4.png'" not in whole
@@ -507,6 +526,19 @@ def test_an_odd_file_that_is_none_of_the_good_pictures_warns() -> None:
     stream = {"files": {"odd.png": framed(near_equal(2, odd=1)[1:])}}
     record = fit(near_equal(20), template="file", template_file="odd.png", stream=stream)[1]
     assert any("'odd.png' is farther" in warning for warning in unusual(record))
+
+
+def test_each_product_has_its_own_usual_pictures() -> None:
+    views = torch.cat([near_equal(10, odd=0), 1 - near_equal(10)])
+    products = ("bolt",) * 10 + ("nut",) * 10
+    record = fit(views, template="first", stream={"products": products})[1]
+    assert unusual(record) and all("of bolt" in warning for warning in unusual(record))
+
+
+@pytest.mark.parametrize("norm", ["none", "standard", "l2"])
+def test_a_medoid_passes_whatever_the_norm(norm: str) -> None:
+    record = fit(near_equal(20), feature_norm=norm)[1]
+    assert unusual(record) == [] and cast(float, record.facts["template_rank"]) < 0.2
 
 
 def test_an_odd_first_picture_among_near_equal_ones_warns() -> None:
@@ -653,7 +685,7 @@ def test_the_loss_is_on_all_tokens_and_of_clean_features() -> None:
         ratio = torch.full((4,), 0.5, dtype=torch.float64)
         kept, counts = keep_indices(every, ratio, STEP.generator("mask"))
         seen = Tokens(method.net.embed(fused), every).chosen(kept, counts)
-        values = method.net.embed(method.fused_templates()).expand(4, -1, -1)
+        values = method.net.embed(method.target_of_templates()).expand(4, -1, -1)
         rebuilt, wanted = method.net(seen, Tokens(values, every), (8, 8)), patchify(fused, 2)
     cosine = (rebuilt * wanted).sum(2) / rebuilt.norm(dim=2) / wanted.norm(dim=2)
     expected = 5 * (1 - cosine).mean() + (rebuilt - wanted).square().mean()
@@ -848,7 +880,7 @@ def test_nothing_hidden_needs_no_mask_token() -> None:
 
 def error_of(method: TFANet, views: Tensor) -> tuple[Tensor, Tensor]:
     """Distance and direction at each fused position, by their formulas."""
-    fused = method.fused(views)
+    fused = method.target(views)
     rebuilt = method.rebuild(fused, all_valid(views), torch.zeros(len(views), dtype=torch.long))
     cosine = (fused * rebuilt).sum(1) / fused.norm(dim=1) / rebuilt.norm(dim=1)
     return (fused - rebuilt).square().mean(dim=1), 1 - cosine
@@ -869,16 +901,16 @@ def test_energy_joins_distance_and_direction(fusion: str) -> None:
 @torch.no_grad()
 def test_calibrated_sum_is_in_units_of_rare_good_places() -> None:
     method, views = prepared(fusion="calibrated_sum"), pictures(2, first=10)
-    batch = batch_of(method)
-    loss_of(method, batch, Step(0, 40))
-    first = method.units.clone()
-    loss_of(method, batch, Step(1, 40))
-    second = method.units.clone()
-    assert not torch.equal(first, second)  # other tokens are hidden
-    batch.valid[:, :, :, 32:] = False
-    batch.features["fused"][..., 8:] = 1000.0  # where nothing is valid, nothing counts
-    loss_of(method, batch, Step(0, 40))
-    assert float((method.units / first).max()) < 2
+    assert method.units.tolist() == [1, 1]
+    valid = all_valid(views)
+    valid[..., 32:] = False
+    method.finish(Stream(method, views, valid=valid))
+    seen = method.features(views, valid)["fused"].half().float()
+    which = torch.zeros(2, dtype=torch.long)
+    found = difference(method._normed(seen), method.rebuild(method._normed(seen), valid, which))
+    for unit, part in zip(method.units, found, strict=True):
+        expected = part[:, :, :8].flatten(1).quantile(0.99, dim=1).mean()
+        torch.testing.assert_close(unit, expected)
     distance, direction = error_of(method, views)
     expected = distance / method.units[0] + direction / method.units[1]
     torch.testing.assert_close(method.patch_energy(views, all_valid(views)), expected)
@@ -923,7 +955,7 @@ def test_energy_has_a_gradient_in_the_picture_and_none_in_weights_of_the_backbon
 
 def own_share(method: TFANet, token: int) -> float:
     """Share of |d p_i / d f_j|^2 that lies in cell j = i, from eight random directions of p_i."""
-    fused = method.fused(pictures(1, first=10)).detach().requires_grad_(True)
+    fused = method.target(pictures(1, first=10)).detach().requires_grad_(True)
     which = torch.zeros(1, dtype=torch.long)
     rebuilt = patchify(method.rebuild(fused, all_valid(torch.zeros(1, 3, 64, 64)), which), 2)[0, token]
     own = total = 0.0
@@ -1053,7 +1085,7 @@ def test_a_key_that_no_query_matches_is_adopted_little() -> None:
     method, views = prepared(depth=1, heads=1), pictures(1, first=10)
     block = cast(Any, method.net.aggregation[0])
     with torch.no_grad():
-        seen = block.norm1(method.net.embed(method.fused(views)))[0]
+        seen = block.norm1(method.net.embed(method.target(views)))[0]
         strange = seen[0] / seen[0].norm()
         block.attention.qkv.weight[:64], block.attention.qkv.bias[:64] = 0, 0
         block.attention.qkv.bias[0] = 1  # the query

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,8 +155,12 @@ def pasted_layout(good: Sequence[Path], name: str) -> Path:
     for path, one in zip(paths[::3], paste_defects(held_out, seed=0), strict=True):
         _save(layout / "test" / "pasted", path.stem, Image.fromarray(one.picture))
         _save(layout / "ground_truth" / "pasted", f"{path.stem}_mask", Image.fromarray(one.mask))
-    with suppress(OSError):  # another process was faster
+    try:
         layout.rename(finished)
+    except OSError:
+        if not finished.exists():
+            raise
+        shutil.rmtree(layout)  # another process was faster
     return finished
 
 

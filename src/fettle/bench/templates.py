@@ -72,9 +72,9 @@ class Untrained(nn.Module):
         self.kind = kind
 
     def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
-        fused = self.method.fused(pictures)
+        fused = self.method.target(pictures)
         if self.kind == "template":
-            fused = fused - self.method.fused_templates()[:1]
+            fused = fused - self.method.target_of_templates()[:1]
         config = self.method.config
         sigma = config.smooth_sigma * min(pictures.shape[-2:]) / 256
         anomaly_map = pixel_map(fused.square().mean(dim=1), valid, sigma)
@@ -91,7 +91,7 @@ def own_token_share(detector: Detector, dataset: Dataset) -> float:
     views = framed_views(held_out_good(dataset, _MOST_PICTURES), detector.frame)
     for pictures, valid in batches(views, detector.device, size=1):
         with torch.no_grad():
-            fused = method.fused(pictures)
+            fused = method.target(pictures)
         tokens = valid_on_grid(fused[..., ::patch, ::patch], valid)[0].nonzero()
         rebuild = partial(method.rebuild, valid=valid, which=first)
         for token in torch.randperm(len(tokens), generator=generator)[:_TOKENS]:

@@ -30,7 +30,7 @@ def difference(fused: Tensor, rebuilt: Tensor) -> Difference:
     distance = (fused - rebuilt).square().mean(dim=1)
     direction = (1 - F.cosine_similarity(fused, rebuilt, dim=1, eps=1e-8)).clamp(0, 2)
     empty = fused.square().sum(dim=1) < _NO_LENGTH**2
-    return Difference(distance, direction.masked_fill(empty, 1.0))
+    return Difference(distance, direction.masked_fill(empty, 0.0))
 
 
 def joined(found: Difference, fusion: Fusion, units: Tensor) -> Tensor:
@@ -49,17 +49,17 @@ def joined(found: Difference, fusion: Fusion, units: Tensor) -> Tensor:
             return direction
 
 
-def units_of(found: Difference, valid: Tensor) -> Tensor | None:
-    """The 99 % quantile of each map over its valid places, (2,); None without any.
+def units_of(found: Difference, valid: Tensor, number: int) -> Tensor | None:
+    """The 99 % quantile of both maps of one picture over its valid places, (2,); None without any.
 
     Args:
-        valid: (B, H, W) bool, on a grid that the maps' is a multiple of.
+        valid: (B, H, W) bool, on a grid that the maps' is a multiple of. number: of the picture.
     """
     height, width = (found.distance.shape[axis] // valid.shape[axis] for axis in (1, 2))
-    inside = valid.repeat_interleave(height, 1).repeat_interleave(width, 2)
+    inside = valid[number].repeat_interleave(height, 0).repeat_interleave(width, 1)
     if not bool(inside.any()):
         return None
-    return torch.stack([part[inside].float().quantile(_RARE) for part in found])
+    return torch.stack([part[number][inside].float().quantile(_RARE) for part in found])
 
 
 def adoption_maps(attention: Tensor, seen: Tensor, template: Tensor, has_cls: bool) -> dict[str, Tensor]:

@@ -69,7 +69,8 @@ class TemplateBank(nn.Module):
         files = [to_png(one.pixels[0].cpu().numpy(), one.valid[0, 0].cpu().numpy()) for one in shown]
         labels = [Label(one.name, one.picture.sha256, one.product) for one in templates]
         self._describe(files, labels)
-        self.fused = torch.cat([one.fused for one in templates]).half()
+        # As it comes back from a file: a convolution's last bits depend on how its input lies in memory.
+        self.fused = torch.cat([one.fused for one in templates]).half().contiguous()
         self.valid = torch.cat([one.valid for one in shown])
         self.vectors = torch.cat([one.vector for one in templates])
 
@@ -88,8 +89,10 @@ class TemplateBank(nn.Module):
     def check(self) -> None:
         """Raises ValueError where the buffers, which may come from a file, do not fit together."""
         sizes = {len(part) for part in (self.png_ends, self.fused, self.valid, self.vectors)}
-        if len(sizes) > 1:
-            raise ValueError(f"its templates are {sorted(sizes)} in number")
+        ends = [0, *self.png_ends.tolist()]
+        fit = ends == sorted(ends) and ends[-1] == len(self.png)
+        if len(sizes) > 1 or not fit or (len(self) and self.vectors.shape[1] != self.fused.shape[1]):
+            raise ValueError("its templates do not fit together")
 
     def known(self) -> list[Label]:
         """Each template's label.

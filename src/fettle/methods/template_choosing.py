@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fettle.errors import ConfigError
 from fettle.layers.feature_statistics import FeatureStatistics
-from fettle.layers.template_choice import by_centrality, medoids, oddness
+from fettle.layers.template_choice import Oddness, by_centrality, medoids, oddness
 from fettle.methods.template_bank import NewTemplate, TemplateBank
 from fettle.protocols import UNUSUAL_TEMPLATE, FeatureStream, FitRecord, FramedPicture
 
@@ -69,6 +69,7 @@ class Gathered:
 
     seen: FeatureStatistics
     vectors: Tensor
+    keys: Sequence[str]
     paths: Sequence[str]
     products: Sequence[str]
 
@@ -159,45 +160,95 @@ def check_aspect(picture: FramedPicture, name: str, usual: float) -> None:
         )
 
 
-def look_at_whole(bank: TemplateBank, vector: Tensor, gathered: Gathered, record: FitRecord) -> None:
-    """Warn of a single template, with pooled features (C,), that is unlike the good pictures as a whole."""
-    found = oddness(gathered.vectors, vector)
-    record.facts["template_z"], record.facts["template_rank"] = round(found.z, 3), round(found.rank, 3)
-    if found.z > _FAR or found.rank > _FARTHEST:
-        usual = by_centrality(gathered.vectors)[:3].tolist()
-        best = ", ".join(f"'{Path(gathered.paths[i]).name}'" for i in usual)
-        record.warnings.append(
-            f"{UNUSUAL_TEMPLATE}: {bank.label(0)} is farther from the good pictures' middle than "
-            f"{found.rank:.0%} of them. Use --set template=medoid; the most usual are {best}."
-        )
+class PlaceSpread:
+    """How the tokens of some good pictures differ at each place; sums in double precision."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None  # (C, H, W)
+        self.squares: Tensor | None = None  # (H, W)
+        self.counts: Tensor | None = None  # (H, W), valid ones
+
+    def add(self, tokens: Tensor, valid: Tensor) -> None:
+        """Take in tokens (B, C, H, W), valid (B, H, W)."""
+        inside = tokens.double() * valid[:, None]
+        parts = inside.sum(dim=0), inside.square().sum(dim=(0, 1)), valid.double().sum(dim=0)
+        if self.sums is None or self.squares is None or self.counts is None:
+            self.sums, self.squares, self.counts = parts
+        else:
+            self.sums, self.squares, self.counts = (
+                self.sums + parts[0],
+                self.squares + parts[1],
+                self.counts + parts[2],
+            )
+
+    def deviations(self, token: Tensor, member: bool) -> Tensor:
+        """Of one picture's tokens (C, H, W) from the mean at their place, in usual distances from it, (H, W).
+
+        A member is compared with the others, since it would widen their spread itself. 0 where there are too
+        few to tell.
+        """
+        assert self.sums is not None and self.squares is not None and self.counts is not None
+        own = token.double()
+        sums, squares, others = self.sums, self.squares, self.counts
+        if member:
+            sums, squares, others = sums - own, squares - own.square().sum(dim=0), others - 1
+        others = others.clamp_min(1)
+        mean = sums / others
+        usual = (squares / others - mean.square().sum(dim=0)).clamp_min(1e-12)
+        away = ((own - mean).square().sum(dim=0) / usual).sqrt()
+        return away.where(others >= FEWEST - 1, 0.0)
 
 
-def look_at_places(
-    bank: TemplateBank, away: Tensor, total: Tensor, counts: Tensor, member: bool, record: FitRecord
+def look_at_templates(
+    bank: TemplateBank,
+    tokens: Tensor,
+    vectors: Tensor,
+    spreads: Mapping[str, PlaceSpread],
+    gathered: Gathered,
+    record: FitRecord,
 ) -> None:
-    """Warn of a template that is unlike the good pictures at some of its places (section 9, check 2).
-
-    A template that is one of them is compared with the others, since it would widen their spread itself.
+    """Warn of templates that are unlike the good pictures of their product (section 9, checks 1 and 2).
 
     Args:
-        away: squared distance of each template's tokens from the good pictures' mean there, (M, H, W).
-        total: sum of the same over the good pictures, (H, W). counts: how many are valid there, (H, W).
-        member: whether the templates are among the good pictures.
+        tokens: of the templates, (M, C, H, W). vectors: means over their valid places, (M, C).
+        spreads: by product, "" for all good pictures.
     """
-    others = counts
-    if member:
-        others = (counts - 1).clamp_min(1)
-        grown = counts / others  # by leaving it out, the mean moves away from it
-        total, away = total - grown * away, grown.square() * away
-    usual = (total / others.clamp_min(1)).clamp_min(1e-12)
-    odd = (away > _LOCALLY_FAR**2 * usual) & (counts >= FEWEST)
-    for number, places in enumerate(odd):
-        share = float(places.double().mean())
-        if share > _LOCAL_SHARE:
-            worst = int(away[number].masked_fill(~places, 0).argmax())
-            row, column = divmod(worst, away.shape[2])
-            record.warnings.append(
-                f"{UNUSUAL_TEMPLATE}: {share:.1%} of {bank.label(number)} is unlike the good pictures at the "
-                f"same place, most of all {row / away.shape[1]:.0%} from its top and "
-                f"{column / away.shape[2]:.0%} from its left. Look at it."
-            )
+    known = bank.known()
+    for number, label in enumerate(known):
+        own = [i for i, p in enumerate(gathered.products) if label.product in ("", p)]
+        if len(own) < FEWEST:
+            record.facts["template_check"] = "not enough pictures"
+            continue
+        away = spreads[label.product].deviations(tokens[number], label.sha256 in gathered.keys)
+        record.warnings += _odd_places(bank.label(number), away)
+        if sum(other.product == label.product for other in known) == 1:
+            found = oddness(gathered.vectors[own], vectors[number])
+            if len(known) == 1:
+                record.facts["template_z"] = round(found.z, 3)
+                record.facts["template_rank"] = round(found.rank, 3)
+            usual = [own[i] for i in by_centrality(gathered.vectors[own])[:3].tolist()]
+            names = [Path(gathered.paths[i]).name for i in usual]
+            record.warnings += _odd_as_a_whole(bank.label(number), found, names)
+
+
+def _odd_places(label: str, away: Tensor) -> list[str]:
+    places = away > _LOCALLY_FAR
+    share = float(places.double().mean())
+    if share <= _LOCAL_SHARE:
+        return []
+    row, column = divmod(int(away.argmax()), away.shape[1])
+    return [
+        f"{UNUSUAL_TEMPLATE}: {share:.1%} of {label} is unlike the good pictures at the same place, most of "
+        f"all {row / away.shape[0]:.0%} from its top and {column / away.shape[1]:.0%} from its left. Look "
+        "at it."
+    ]
+
+
+def _odd_as_a_whole(label: str, found: Oddness, usual: Sequence[str]) -> list[str]:
+    if found.z <= _FAR and found.rank <= _FARTHEST:
+        return []
+    best = ", ".join(f"'{name}'" for name in usual)
+    return [
+        f"{UNUSUAL_TEMPLATE}: {label} is farther from the good pictures' middle than {found.rank:.0%} of "
+        f"them. Use --set template=medoid; the most usual are {best}."
+    ]

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from fettle.errors import ConfigError, DataError
 from fettle.feature_cache.store import half_precision
-from fettle.images.header import file_sha256
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.fused_levels import FusedLevels
 from fettle.layers.patches import patchify, unpatchify
-from fettle.layers.pixel_map import pixel_map
+from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.layers.taps import levels_of_strides, spaced_blocks
 from fettle.layers.template_aggregation import AggregationConfig, TemplateAggregation, Tokens
 from fettle.layers.template_choice import mean_over, nearest, pooled
@@ -34,13 +33,12 @@ from fettle.layers.template_maps import Difference, Fusion, adoption_maps, diffe
 from fettle.layers.token_grid import Align, MapScore, enlarged, score_of_map, valid_on_grid
 from fettle.methods.template_bank import NewTemplate, TemplateBank
 from fettle.methods.template_choosing import (
-    FEWEST,
     Gathered,
+    PlaceSpread,
     TemplateConfig,
     check_aspect,
     choose_templates,
-    look_at_places,
-    look_at_whole,
+    look_at_templates,
 )
 from fettle.perturb.pool import NAMED_POOLS, PoolConfig
 from fettle.perturb.token_mask import keep_indices
@@ -67,7 +65,6 @@ _STRIDES = (4, 8, 16)
 _MORE = 2  # stride taken besides, where a pyramid has fewer than two of these
 _MAP_SIDE = 256  # framed px that `smooth_sigma` is given for
 _MOST_MASKED = 0.9  # where the share is random
-_FOLLOW = 0.99  # decay of the mean of the maps' units, a step
 _CLOSE_CALL = 0.02  # difference of two cosines
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -80,8 +77,8 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
         taps: backbone levels, fine to coarse; None takes strides 4, 8 and 16 of a pyramid, or three blocks of
             a ViT, evenly spaced.
         pool_stem: a level of stride 2 goes through a ResNet's max-pool first.
-        grid_stride: framed px a fused position; None takes the finest level's, doubled until no side has more
-            than 32.
+        grid_stride: framed px a fused position; None takes the finest level's grid, made smaller until no
+            side is longer than 32.
         align: how levels come to that grid: "corners" is the published bilinear with aligned corners (which
             maps are then enlarged with, too), "mean" averages cells.
         feature_norm: of fused features: "none" is as published; "standard" by each channel's mean and
@@ -197,7 +194,7 @@ class TFANet(nn.Module):
         self.levels = tuple(levels)
         known = [level for name in levels if (level := backbone.spec.level(name))]
         strides = {level.name: level.stride for level in known}
-        self._fuse = FusedLevels(strides, config.align, config.grid_stride, config.pool_stem)
+        self._fuse = FusedLevels(strides, config.align, config.grid_stride, config.patch, config.pool_stem)
         self.channels = sum(level.channels for level in known)
         self.net = TemplateAggregation(self.channels, (0, 0), config)
         self.bank = TemplateBank()
@@ -227,23 +224,21 @@ class TFANet(nn.Module):
         """The backbone stays in eval mode. Leaving training, the templates' tokens are computed, once."""
         super().train(mode)
         cast(nn.Module, self.backbone).eval()
-        if not mode and len(self.bank):
+        if not mode:
             self.bank.check()
             self._keep_tokens()
         return self
 
     @torch.no_grad()
     def _keep_tokens(self) -> None:
-        self.bank.tokens = self.net.embed(self.fused_templates())
+        if len(self.bank):
+            self.bank.tokens = self.net.embed(self.target_of_templates())
 
     # Features
 
     def feature_key(self) -> str:
         """The recipe of `features`."""
-        recipe = self._fuse.recipe()
-        file = self.config.template_file
-        # A training that goes on must not take another file of the same name for its template.
-        return f"{recipe}, template {file_sha256(file)}" if file is not None and file.is_file() else recipe
+        return self._fuse.recipe()
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """All levels on one grid, side by side (section 2): {"fused": (B, C, h, w)}."""
@@ -268,7 +263,7 @@ class TFANet(nn.Module):
 
         Raises:
             DataError: features that are NaN or infinite.
-            ConfigError: the grid is no multiple of the patch; a template's file does not fit.
+            ConfigError: a template's file does not fit.
         """
         gathered = self._gather(good)
         grid = gathered.seen.grid
@@ -293,6 +288,7 @@ class TFANet(nn.Module):
         """Walk once: each channel's scale, and where each picture's features lie as a whole."""
         seen = FeatureStatistics()
         means: list[Tensor] = []
+        keys: list[str] = []
         paths: list[str] = []
         products: list[str] = []
         for batch in good:
@@ -301,24 +297,18 @@ class TFANet(nn.Module):
                 fused = self._normed(fused)
             seen.add(fused, valid, len(set(batch.keys)))
             means.append(mean_over(fused, valid))
+            keys += batch.keys
             paths += batch.paths
             products += batch.products
         if not seen.finite:
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
-        self._check_grid(seen.grid)
         self._set_norm(seen)
         size = good.framed(paths[0]).size
         self.aspect.fill_(size[1] / size[0])
-        vectors = self._normed(torch.cat(means)[:, :, None, None])[:, :, 0, 0]
-        return Gathered(seen, vectors, paths, products)
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        patch = self.config.patch
-        if grid[0] % patch or grid[1] % patch:
-            raise ConfigError(
-                f"A grid of {grid[0]} x {grid[1]} features has no whole patches of {patch}.",
-                "Use --set patch=1, or another size or grid_stride.",
-            )
+        vectors = torch.cat(means)
+        if self.config.feature_norm != "l2":  # of these, unit vectors were averaged
+            vectors = self._normed(vectors[:, :, None, None])[:, :, 0, 0]
+        return Gathered(seen, vectors, keys, paths, products)
 
     def _set_norm(self, seen: FeatureStatistics) -> None:
         """Mean and deviation of each channel over the good pictures' valid positions."""
@@ -348,36 +338,29 @@ class TFANet(nn.Module):
         mean = (seen.sums / seen.counts.clamp_min(1)).to(self.channel_mean)[None]
         if self.config.feature_norm != "l2":  # of these, unit vectors were summed
             mean = self._normed(mean)
-        guess, middle = patchify(mean, patch), F.avg_pool2d(mean, patch)
-        cost, number = 0.0, 0
-        counts = torch.zeros(middle.shape[2:], device=mean.device)  # valid tokens at each place, (H, W)
-        total = torch.zeros_like(counts)
+        guess = patchify(mean, patch)
+        cost, number, tokens = 0.0, 0, 0
+        spreads: dict[str, PlaceSpread] = {}
         for batch in good:
             fused = self._normed(batch.features["fused"])
             valid = self._valid_tokens(fused, batch.valid)
             value = self._cost(guess.expand(len(fused), -1, -1), patchify(fused, patch), valid)
             cost += float(value) * int(valid.sum())
             number += len(fused)
-            at_places = valid.view(-1, *counts.shape)
-            counts += at_places.sum(dim=0)
-            total += (self._from_middle(fused, middle) * at_places).sum(dim=0)
-        self._baseline = cost / max(float(counts.sum()), 1) if number > 1 else 0.0  # one is its own mean
+            tokens += int(valid.sum())
+            at_places = torch.unflatten(valid, 1, self.net.grid_of(fused))
+            shown = batch.products or ("",) * len(fused)
+            for product in {*shown, ""}:
+                rows = torch.tensor([product in ("", own) for own in shown], device=valid.device)
+                spread = spreads.setdefault(product, PlaceSpread())
+                spread.add(F.avg_pool2d(fused[rows], patch), at_places[rows])
+        self._baseline = cost / max(tokens, 1) if number > 1 else 0.0  # one picture is its own mean
         record.facts["mean_cost"] = self._baseline
-        if self.config.template not in ("medoid", "first", "file") or len(set(gathered.products)) > 1:
-            return
-        if number < FEWEST:
-            record.facts["template_check"] = "not enough pictures"
-            return
-        known = self.fused_templates()
-        member = self.config.template != "file" or str(self.config.template_file) in gathered.paths
-        look_at_places(self.bank, self._from_middle(known, middle), total, counts, member, record)
-        if len(self.bank) == 1:
-            vector = mean_over(known, valid_on_grid(known, self.bank.valid))[0]
-            look_at_whole(self.bank, vector, gathered, record)
-
-    def _from_middle(self, fused: Tensor, middle: Tensor) -> Tensor:
-        """Squared distance of each token's mean from (1, C, H, W), (B, H, W)."""
-        return (F.avg_pool2d(fused, self.config.patch) - middle).square().sum(dim=1)
+        if self.config.template in ("medoid", "first", "file"):
+            known = self.target_of_templates()
+            vectors = mean_over(known, valid_on_grid(known, self.bank.valid))
+            pooled_tokens = F.avg_pool2d(known, patch)
+            look_at_templates(self.bank, pooled_tokens, vectors, spreads, gathered, record)
 
     # Templates
 
@@ -458,7 +441,7 @@ class TFANet(nn.Module):
         valid = self._valid_tokens(fused, batch.valid)
         which, _ = self._nearest(fused, batch.valid, batch.products)
         seen = self._seen_in_training(self._perturbed(fused, batch.valid, step), valid, step)
-        yield self._loss(fused, valid, seen, which, step)
+        yield self._loss(fused, valid, seen, which)
 
     def held_out_loss(self, batch: Batch) -> Loss:
         """The same with nothing hidden."""
@@ -470,17 +453,13 @@ class TFANet(nn.Module):
     def after_step(self, step: Step) -> None:
         """Nothing follows."""
 
-    def _loss(
-        self, fused: Tensor, valid: Tensor, seen: Tokens, which: Tensor, step: Step | None = None
-    ) -> Loss:
+    def _loss(self, fused: Tensor, valid: Tensor, seen: Tokens, which: Tensor) -> Loss:
         values = self.bank.tokens
         if len(self.bank) and self.config.discard != "no_template":
-            values = self.net.embed(self.fused_templates())
+            values = self.net.embed(self.target_of_templates())
         rebuilt = self._rebuilt(
             seen, self._template_tokens(values, which), which, self.net.grid_of(fused)
         ).float()
-        if step is not None and self.config.fusion == "calibrated_sum":
-            self._follow_units(fused, rebuilt.detach(), valid, anew=step.number == 0)
         return Loss(self._cost(rebuilt, patchify(fused, self.config.patch), valid), self._baseline)
 
     def _perturbed(self, fused: Tensor, valid: Tensor, step: Step) -> Tensor:
@@ -519,13 +498,20 @@ class TFANet(nn.Module):
         return (both * valid).sum() / valid.sum().clamp_min(1)
 
     @torch.no_grad()
-    def _follow_units(self, fused: Tensor, rebuilt: Tensor, valid: Tensor, *, anew: bool) -> None:
-        """Follow the units of the two maps on the pictures learnt from."""
-        grid = self.net.grid_of(fused)
-        found = difference(fused, unpatchify(rebuilt, self.config.patch, grid))
-        seen = units_of(found, torch.unflatten(valid, 1, grid))
-        if seen is not None:
-            self.units = seen if anew else _FOLLOW * self.units + (1 - _FOLLOW) * seen
+    def finish(self, good: FeatureStream) -> None:
+        """The units of a calibrated sum: each map's 99 % quantile, a mean over the pictures learnt from."""
+        if self.config.fusion != "calibrated_sum":
+            return
+        rows = []
+        for batch in good:
+            fused = self._normed(batch.features["fused"])
+            which, _ = self._nearest(fused, batch.valid)
+            found = difference(fused, self.rebuild(fused, batch.valid, which))
+            inside = torch.unflatten(self._valid_tokens(fused, batch.valid), 1, self.net.grid_of(fused))
+            rows += [units_of(found, inside, number) for number in range(len(fused))]
+        known = [row for row in rows if row is not None]
+        if known:
+            self.units = torch.stack(known).mean(dim=0).clamp_min(1e-6).to(self.units)
 
     # Inspection
 
@@ -552,15 +538,15 @@ class TFANet(nn.Module):
 
     def _compare(self, pictures: Tensor, valid: Tensor) -> tuple[Difference, Tensor, Tensor]:
         """What is not rebuilt; each picture's template, and by how much it is the nearest."""
-        fused = self.fused(pictures)
+        fused = self.target(pictures)
         which, margin = self._nearest(fused, valid)
         return difference(fused, self.rebuild(fused, valid, which)), which, margin
 
-    def fused(self, pictures: Tensor) -> Tensor:
+    def target(self, pictures: Tensor) -> Tensor:
         """What is rebuilt: the taps on one grid, normalised, (B, C, h, w)."""
         return self._normed(self._fused(pictures))
 
-    def fused_templates(self) -> Tensor:
+    def target_of_templates(self) -> Tensor:
         """The same of the templates, (M, C, h, w)."""
         return self._normed(self.bank.fused.to(self.channel_mean))
 
@@ -574,10 +560,9 @@ class TFANet(nn.Module):
     def _rebuilt(self, seen: Tokens, template: Tokens | None, which: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is rebuilt, (B, N, k k C)."""
         rebuilt: Tensor = self.net(seen, template, grid)
-        if self.config.residual == "none":
-            return rebuilt
-        known = patchify(self.fused_templates(), self.config.patch)
-        return rebuilt + known[which]
+        if self.config.residual == "template":
+            return rebuilt + patchify(self.target_of_templates(), self.config.patch)[which]
+        return rebuilt
 
     def _on_pixels(self, values: Tensor, valid: Tensor, sigma: float) -> Tensor:
         if self.config.align == "corners":
@@ -586,8 +571,7 @@ class TFANet(nn.Module):
 
     def _valid_tokens(self, fused: Tensor, valid: Tensor) -> Tensor:
         """Which tokens hold a valid pixel, (B, N) bool."""
-        height, width = self.net.grid_of(fused)
-        return valid_on_grid(valid.new_empty(height, width), valid).flatten(1)
+        return valid_tokens(valid, self.net.grid_of(fused)).flatten(1)
 
     @torch.no_grad()
     def explain(self, pictures: Tensor, valid: Tensor, blocks: Sequence[int] | None = None) -> Explanation:
@@ -596,7 +580,7 @@ class TFANet(nn.Module):
         Args:
             blocks: of the first transformer, from 0; None takes all.
         """
-        fused = self.fused(pictures)
+        fused = self.target(pictures)
         which, _ = self._nearest(fused, valid)
         grid = self.net.grid_of(fused)
         seen = Tokens(self.net.embed(fused), self._valid_tokens(fused, valid))
