@@ -160,7 +160,7 @@ def test_cached_equals_recomputed() -> None:
     method = prepared(template="first")
     expected = map_of(method)
     with torch.no_grad():
-        alone = method.features(pictures(1), all_valid(pictures(1)))["fused"].half()
+        alone = method.features(pictures(1), all_valid(pictures(1)))["fused"].half().contiguous()
         method.bank.fused, method.bank.tokens = alone, torch.zeros_like(method.bank.tokens)
     assert not torch.equal(map_of(method), expected)
     method.eval()
