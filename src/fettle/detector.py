@@ -17,17 +17,16 @@ from fettle.datasets.open import open_dataset
 from fettle.datasets.products import open_products
 from fettle.datasets.records import Dataset, Record
 from fettle.errors import DataError, ModelFolderError, UsageError, nearest_name
-from fettle.fitting import fit_parts, make_request
-from fettle.gathering import gather_good
+from fettle.fitting import FittedParts, fit_parts, make_request
+from fettle.gathering import GatheredPictures, gather_good
 from fettle.images.framing import Frame
 from fettle.inspecting import Inspected, Inspector
 from fettle.inspection import ComparedWith, Inspection, Refusal
-from fettle.judging import calibrate_judged, gather_judged, judge
+from fettle.judging import Calibrations
 from fettle.labelled_run import LabelledRun
 from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
 from fettle.protocols import (
-    UNUSUAL_TEMPLATE,
     BackboneSpec,
     Explains,
     Json,
@@ -37,7 +36,8 @@ from fettle.protocols import (
     no_progress,
     no_words,
 )
-from fettle.templates import judge_templates, shown_templates, with_template
+from fettle.recalibrating import GivenTemplate, recalibrate
+from fettle.templates import shown_templates
 
 __all__ = ["Detector", "Inspected"]
 
@@ -321,75 +321,32 @@ class Detector:
         """
         if template_product and template is None:
             raise UsageError("A template's product is named, but no template.", "Give --template FILE too.")
-        method, changed = self.method, dict[str, Json]()
-        known = cast("list[str]", self.card["picture_keys"])
-        if template is not None:
-            path = Path(template)
-            method, sha256 = with_template(method, path, template_product, self.frame, self.device)
-            known = [*known, sha256[:16]]  # the model now knows this picture too
-            changed["picture_keys"] = cast("list[Json]", known)
-            former = cast("list[Json]", self.card.get("template_changes", []))
-            change: Json = {"name": path.name, "sha256": sha256, "product": template_product}
-            changed["template_changes"] = [*former, change]
-        if self.product_calibrations and isinstance(good, Path | str):
-            good = self.open_labelled(Path(good))
-        gathered = gather_good(
-            _good_records(good), group, progress, by_product=bool(self.product_calibrations)
-        )
-        learnt = set(known)
-        fresh = [picture for picture in gathered.pictures if picture.key[:16] not in learnt]
-        num_known = len(gathered.pictures) - len(fresh)
-        if not fresh:
-            raise DataError(
-                f"The model has learnt from all {num_known} pictures given.",
-                "Give good pictures that it has not.",
-            )
-        for name in sorted({picture.product for picture in fresh}):
-            self.calibration_of(name)  # an unknown product is refused before the work
-        refused: list[Refusal] = []
-        views = judge(
-            method, fresh, self.frame, device=self.device, progress=progress, refused=refused.append
-        )
-        judged = gather_judged(views, len(fresh))
-        product_of = {picture.key: picture.product for picture in fresh if self.product_calibrations}
-        calibrations = calibrate_judged(
-            judged,
-            product_of,
-            mode="holdout",
-            target_frr=self.calibration.alpha_reject if target_frr is None else target_frr,
-            grouped=gathered.column is not None,
+        by_product = bool(self.product_calibrations)
+
+        def gather() -> GatheredPictures:
+            known = self.open_labelled(Path(good)) if by_product and isinstance(good, Path | str) else good
+            gathered = gather_good(_good_records(known), group, progress, by_product=by_product)
+            for name in sorted({picture.product for picture in gathered.pictures}):
+                self.calibration_of(name)  # an unknown product is refused before the work
+            return gathered
+
+        calibrations = Calibrations(self.calibration, self.product_calibrations)
+        changed = recalibrate(
+            FittedParts(self.method, (), self.frame, calibrations, self.card),
+            gather,
+            template=None if template is None else GivenTemplate(Path(template), template_product),
+            target_frr=target_frr,
             strict=strict,
+            device=self.device,
+            progress=progress,
         )
-        warnings: list[Json] = [*self.warnings()]
-        if template is not None:
-            if judged.energies is not None:
-                method.settle(judged.energies)
-            products = [product_of.get(key, "") for key in judged.keys]
-            templates = judge_templates(method, judged.scores, products, self.device)
-            changed["templates"] = templates.card
-            kept_words = [words for words in self.warnings() if not words.startswith(UNUSUAL_TEMPLATE)]
-            warnings = [*kept_words, *templates.warnings]
-        if num_known:
-            warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
-        unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
-        warnings += unread
-        kept = sorted(set(self.product_calibrations) - set(calibrations.by_product))
-        if kept:
-            if template is not None:
-                raise DataError(
-                    f"The template changes, and there is no fresh picture of {', '.join(kept)}.",
-                    "Give good pictures of each product that the model knows.",
-                )
-            warnings.append(f"No fresh picture of {', '.join(kept)}: the former thresholds stay.")
-        promise = " ".join(calibrations.shared.sentences())
-        changed |= {"calibration_refused": unread, "promise": promise, "warnings": warnings}
         return Detector(
-            method,
-            self.frame,
-            calibrations.shared,
-            {**self.card, **changed},
+            changed.method,
+            changed.frame,
+            changed.calibrations.shared,
+            changed.card,
             self.device,
-            product_calibrations={**self.product_calibrations, **calibrations.by_product},
+            product_calibrations=changed.calibrations.by_product,
         )
 
     def save(self, folder: Path | str) -> None:

@@ -1,0 +1,106 @@
+"""A fitted model's thresholds set anew from fresh good pictures, with another template where one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from fettle.errors import DataError
+from fettle.fitting import FittedParts
+from fettle.gathering import GatheredPictures
+from fettle.inspection import Refusal
+from fettle.judging import Calibrations, calibrate_judged, gather_judged, judge
+from fettle.protocols import UNUSUAL_TEMPLATE, Json, Method, Progress
+from fettle.templates import judge_templates, with_template
+
+
+class GivenTemplate(NamedTuple):
+    """A picture to compare with from now on, and the product whose template it replaces ("" where one is)."""
+
+    path: Path
+    product: str
+
+
+def recalibrate(
+    parts: FittedParts,
+    gather: Callable[[], GatheredPictures],
+    *,
+    template: GivenTemplate | None,
+    target_frr: float | None,
+    strict: bool,
+    device: str,
+    progress: Progress,
+) -> FittedParts:
+    """The same model with other thresholds. What is handed over stays as it is.
+
+    Args:
+        gather: gives good pictures, once the template was found fit; those that the model has learnt from are
+            left out.
+        target_frr: None keeps the model's.
+
+    Raises:
+        DataError: no fresh picture, or none of some product where the template changes.
+        CalibrationError: `strict`, and too few of them.
+        UsageError: a template, and the method takes none. PictureError: it cannot be read.
+    """
+    products = parts.calibrations.by_product
+    method, card = parts.method, {**parts.card}
+    if template is not None:
+        method = _take_template(parts, template, card, device)
+    gathered = gather()
+    learnt = set(cast("list[str]", card["picture_keys"]))
+    fresh = [picture for picture in gathered.pictures if picture.key[:16] not in learnt]
+    num_known = len(gathered.pictures) - len(fresh)
+    if not fresh:
+        raise DataError(
+            f"The model has learnt from all {num_known} pictures given.",
+            "Give good pictures that it has not.",
+        )
+    missing = sorted(set(products) - {picture.product for picture in fresh})
+    if missing and template is not None:
+        raise DataError(
+            f"The template changes, and there is no fresh picture of {', '.join(missing)}.",
+            "Give good pictures of each product that the model knows.",
+        )
+    refused: list[Refusal] = []
+    views = judge(method, fresh, parts.frame, device=device, progress=progress, refused=refused.append)
+    judged = gather_judged(views, len(fresh))
+    product_of = {picture.key: picture.product for picture in fresh if products}
+    calibrations = calibrate_judged(
+        judged,
+        product_of,
+        mode="holdout",
+        target_frr=parts.calibrations.shared.alpha_reject if target_frr is None else target_frr,
+        grouped=gathered.column is not None,
+        strict=strict,
+    )
+    warnings = [*cast("list[Json]", card["warnings"])]
+    if template is not None:
+        if judged.energies is not None:
+            method.settle(judged.energies)
+        shown = [product_of.get(key, "") for key in judged.keys]
+        found = judge_templates(method, judged.scores, shown, device)
+        card["templates"] = found.card
+        warnings = [words for words in warnings if not str(words).startswith(UNUSUAL_TEMPLATE)]
+        warnings += found.warnings
+    if num_known:
+        warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
+    unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
+    kept = sorted(set(products) - set(calibrations.by_product))
+    stay = [f"No fresh picture of {', '.join(kept)}: the former thresholds stay."] if kept else []
+    card["calibration_refused"] = unread
+    card["promise"] = " ".join(calibrations.shared.sentences())
+    card["warnings"] = [*warnings, *unread, *stay]
+    both = Calibrations(calibrations.shared, {**products, **calibrations.by_product})
+    return FittedParts(method, (), parts.frame, both, card)
+
+
+def _take_template(parts: FittedParts, template: GivenTemplate, card: dict[str, Json], device: str) -> Method:
+    """A copy of the method with this template; the card tells, and the model now knows the picture."""
+    method, sha256 = with_template(parts.method, template.path, template.product, parts.frame, device)
+    card["picture_keys"] = [*cast("list[Json]", card["picture_keys"]), sha256[:16]]
+    former = cast("list[Json]", card.get("template_changes", []))
+    change: Json = {"name": template.path.name, "sha256": sha256, "product": template.product}
+    card["template_changes"] = [*former, change]
+    return method
