@@ -21,6 +21,7 @@ from fettle.backbones import load_backbone
 from fettle.backbones.registry import find_entry
 from fettle.detector import Detector, _learnt, _load_learnt
 from fettle.errors import ConfigError, DataError, ModelFolderError
+from fettle.images.decode import file_sha256
 from fettle.layers.patches import patchify
 from fettle.layers.template_aggregation import TemplateAggregation, Tokens
 from fettle.layers.template_maps import difference
@@ -1233,3 +1234,24 @@ def test_resumed_equals_uninterrupted(more: dict[str, object], tmp_path: Path) -
     again = fitted(training_dir=tmp_path / "state", say=finished.append)
     assert any("finished already" in sentence for sentence in finished), finished
     assert all(torch.equal(again[name], tensor) for name, tensor in uncached.items())
+
+
+# --- a file of the user's
+
+FEW_STEPS: dict[str, object] = {**SMALL, "steps": 2, "warmup": 0.0, "template": "file"}
+
+
+def fitted_with(good: Path, file: Path) -> Detector:
+    settings = {**FEW_STEPS, "template_file": str(file)}
+    tiny: dict[str, object] = {"backbone": "tiny", "weights": "random", "size": 64, "cache_mib": 0}
+    return Detector.fit(good, method="tfanet", settings=settings, **tiny)
+
+
+def test_a_given_template_sets_no_threshold_and_counts_as_learnt_from(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 6)
+    outside = write_good(tmp_path / "outside", 1, first_seed=900) / "000.png"
+    usual = fitted_with(good, outside)
+    assert file_sha256(outside)[:16] in cast("list[str]", usual.card["picture_keys"])
+    held = usual.calibration.num_scores
+    inside = [fitted_with(good, path).calibration.num_scores for path in good.iterdir()]
+    assert sorted(inside) == [held - 1] * held + [held] * (6 - held)
