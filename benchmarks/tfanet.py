@@ -73,7 +73,8 @@ OTHERS: dict[str, dict[str, Json]] = {
     "mask_75": {"mask_ratio": 0.75},
     "mask_random": {"mask_ratio": "random"},
     "cross": {"aggregation": "cross"},
-    "residual": {"residual": "template"},
+    "no_residual": {"residual": "none"},
+    "residual_template": {"residual": "template"},
     "no_direction": {"lambda_dir": 0.0},
     "no_norm": {"feature_norm": "none"},
     "jitter": {"pool": "gaussian"},
@@ -81,7 +82,7 @@ OTHERS: dict[str, dict[str, Json]] = {
 BANKS: dict[str, dict[str, Json]] = {"bank": {}, "one": {"template_bank": "one"}}
 CHOICES: dict[str, dict[str, Json]] = {
     "compact": {},
-    "residual": {"residual": "template"},
+    "no_residual": {"residual": "none"},
 }
 CHOICE_STEPS = 400
 NUM_OTHER_TEMPLATES = 5

@@ -688,6 +688,7 @@ def test_the_loss_is_on_all_tokens_and_of_clean_features() -> None:
         seen = Tokens(method.net.embed(fused), every).chosen(kept, counts)
         values = method.net.embed(method.target_of_templates()).expand(4, -1, -1)
         rebuilt, wanted = method.net(seen, Tokens(values, every), (8, 8)), patchify(fused, 2)
+        rebuilt += patchify(method.place_mean, 2)
     cosine = (rebuilt * wanted).sum(2) / rebuilt.norm(dim=2) / wanted.norm(dim=2)
     expected = 5 * (1 - cosine).mean() + (rebuilt - wanted).square().mean()
     assert seen.values.shape == (4, 32, 32)
@@ -799,7 +800,7 @@ SWITCHES: list[dict[str, object]] = [
     *({"lambda_dir": 0.0}, {"lambda_dis": 0.0}),
     *({"fusion": fusion} for fusion in ("sum", "distance", "direction")),
     *({"score": score} for score in ("max", "mean", "top1%")),
-    *({"smooth_sigma": 0.0}, {"residual": "template"}),
+    *({"smooth_sigma": 0.0}, {"residual": "template"}, {"residual": "none"}),
 ]
 
 
@@ -834,6 +835,16 @@ def test_learned_positions_begin_as_fixed_ones_and_are_trained() -> None:
     fixed, (learned, record) = fit(), fit(positions="learned")
     assert torch.equal(map_of(learned), map_of(fixed[0]))
     assert record.facts["parameters"] - fixed[1].facts["parameters"] == 64 * (32 + 16)
+
+
+@torch.no_grad()
+def test_a_network_that_says_nothing_rebuilds_the_mean_of_each_place() -> None:
+    views = pictures(6)
+    method = prepared(views, residual="mean", feature_norm="none")
+    nn.init.zeros_(method.net.project_out.weight)
+    rebuilt = method.rebuild(method.target(views), all_valid(views), torch.zeros(6, dtype=torch.long))
+    mean = method.target(views).mean(dim=0)
+    torch.testing.assert_close(rebuilt, mean.expand_as(rebuilt), atol=2e-3, rtol=2e-3)
 
 
 def test_a_residual_adds_the_templates_features() -> None:

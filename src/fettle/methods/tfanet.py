@@ -86,7 +86,9 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
         mask_ratio: share of the input's tokens that training hides; "random" draws it for each picture from 0
             to 0.9; 0 hides none.
         pool: perturbations of the fused features in training, before masking.
-        residual: "template" adds the template's features to what is rebuilt.
+        residual: what the network's output is added to: "none" as published, the good pictures' "mean" at
+            each place, or the "template"'s features. What a backbone's padding does to the corners is in the
+            mean, and need not be learnt.
         lambda_dir, lambda_dis: weights of the loss's two parts.
         fusion: of the direction and the distance map: their "product", "sum" (5 to 1), "calibrated_sum" (each
             in units of its 99 % quantile on the pictures learnt from), or one of the two alone.
@@ -110,7 +112,7 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
     feature_norm: Literal["none", "standard", "l2"] = "standard"
     mask_ratio: Share | Literal["random"] = 0.5
     pool: PoolConfig = NAMED_POOLS["none"]
-    residual: Literal["none", "template"] = "none"
+    residual: Literal["none", "mean", "template"] = "mean"
     lambda_dir: float = Field(default=5.0, ge=0, le=1e6)
     lambda_dis: float = Field(default=1.0, ge=0, le=1e6)
     fusion: Fusion = "product"
@@ -145,6 +147,7 @@ _PUBLISHED = TFANetConfig(
     grid_stride=4,
     align="corners",
     feature_norm="none",
+    residual="none",
     template="first",
     epochs=400,
     batch=4,
@@ -184,6 +187,7 @@ class TFANet(nn.Module):
 
     channel_mean: Tensor  # (C, 1, 1)
     channel_deviation: Tensor  # (C, 1, 1)
+    place_mean: Tensor  # (1, C, h, w), fused features' mean at each place, for residual "mean"
     units: Tensor  # (2,) of distance and direction, for fusion "calibrated_sum"
     aspect: Tensor  # width over height of the good pictures' first
 
@@ -202,6 +206,7 @@ class TFANet(nn.Module):
         self.learned = nn.Parameter(torch.zeros(0, config.width)) if learned else None
         self.register_buffer("channel_mean", torch.zeros(self.channels, 1, 1))
         self.register_buffer("channel_deviation", torch.ones(self.channels, 1, 1))
+        self.register_buffer("place_mean", torch.zeros(1, self.channels, 0, 0))
         self.register_buffer("units", torch.ones(2))
         self.register_buffer("aspect", torch.zeros((), dtype=torch.float64))
         self.scale = EnergyScale()
@@ -338,6 +343,8 @@ class TFANet(nn.Module):
         mean = (seen.sums / seen.counts.clamp_min(1)).to(self.channel_mean)[None]
         if self.config.feature_norm != "l2":  # of these, unit vectors were summed
             mean = self._normed(mean)
+        if self.config.residual == "mean":
+            self.place_mean = mean.contiguous()
         guess = patchify(mean, patch)
         cost, number, tokens = 0.0, 0, 0
         spreads: dict[str, PlaceSpread] = {}
@@ -560,6 +567,8 @@ class TFANet(nn.Module):
     def _rebuilt(self, seen: Tokens, template: Tokens | None, which: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is rebuilt, (B, N, k k C)."""
         rebuilt: Tensor = self.net(seen, template, grid)
+        if self.config.residual == "mean":
+            return rebuilt + patchify(self.place_mean, self.config.patch)
         if self.config.residual == "template":
             return rebuilt + patchify(self.target_of_templates(), self.config.patch)[which]
         return rebuilt
