@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -208,12 +208,6 @@ class AGPNet(nn.Module):
         if config.taps is not None:
             return config.taps
         return spaced_blocks(offered, (1, 2, 3, 4)) or levels_of_strides(offered, _STRIDES, _MORE)
-
-    def train(self, mode: bool = True) -> Self:
-        """The backbone stays in eval mode: its batch norm must use its running statistics."""
-        super().train(mode)
-        cast(nn.Module, self.backbone).eval()
-        return self
 
     # Constants of a picture
 

@@ -12,7 +12,7 @@ docs/methods/tfanet.md. Sections named in comments are those of the method's spe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -226,9 +226,8 @@ class TFANet(nn.Module):
         return spaced_blocks(offered, (1, 2, 3)) or levels_of_strides(offered, _STRIDES, _MORE)
 
     def train(self, mode: bool = True) -> Self:
-        """The backbone stays in eval mode. Leaving training, the templates' tokens are computed, once."""
+        """Leaving training, the templates' tokens are computed, once."""
         super().train(mode)
-        cast(nn.Module, self.backbone).eval()
         if not mode:
             self.bank.check()
             self._keep_tokens()

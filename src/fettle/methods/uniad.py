@@ -344,12 +344,6 @@ class Uniad(nn.Module):
             return tuple(level.name for level in stages if level.stride <= _GRID_STRIDE)
         return spaced_blocks(offered, (1, 2, 3))
 
-    def train(self, mode: bool = True) -> Self:
-        """The backbone stays in eval mode: its batch norm must use its running statistics."""
-        super().train(mode)
-        cast(nn.Module, self.backbone).eval()
-        return self
-
     def feature_key(self) -> str:
         """The recipe of `features`."""
         prior = "" if self.guide is None else self.guide.recipe
