@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conftest import write_good, write_product
 from fettle.detector import Detector
 from fettle.errors import DataError
+from fettle.inspection import Inspection
 
 HEAD: dict[str, object] = {
     **{"window": 3, "width": 32, "heads": 2, "ffn": 64},
@@ -93,3 +97,23 @@ def test_one_picture_is_learnt_from_and_nothing_is_judged(tmp_path: Path) -> Non
     assert detector.card["fit"]["normalised_loss"] is None
     with pytest.raises(DataError, match=r"'holdout' needs at least 2 good pictures, not 1\."):
         fit(good, calibration="holdout")
+
+
+def test_weights_stored_in_half_the_space_answer_the_same(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 8)
+    settings = {"width": 32, "heads": 2, "depth": 1, "steps": 3, "stored": "fp16"}
+    tiny: dict[str, object] = {"backbone": "tiny", "weights": "random", "size": 64}
+    whole = Detector.fit(good, method="agpnet", settings={**settings, "stored": "fp32"}, **tiny)
+    half = Detector.fit(good, method="agpnet", settings=settings, **tiny)
+    sizes = []
+    for name, detector in (("whole", whole), ("half", half)):
+        detector.save(tmp_path / name)
+        sizes.append(next((tmp_path / name).glob("method-*.safetensors")).stat().st_size)
+    assert sizes[1] < 0.8 * sizes[0]  # the momentum copy is no trained weight
+    loaded = Detector.load(tmp_path / "half")
+    for one, other in zip(half.inspect(good.iterdir()), loaded.inspect(good.iterdir()), strict=True):
+        assert isinstance(one, Inspection) and isinstance(other, Inspection)
+        assert one.score == other.score
+        np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+    trained = [p for p in cast(nn.Module, loaded.method).parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in trained)

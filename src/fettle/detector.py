@@ -413,8 +413,12 @@ class Detector:
 
 
 def _learnt(method: Method) -> dict[str, torch.Tensor]:
-    """What a method learnt, without its backbone."""
-    return {name: t for name, t in method.state_dict().items() if not name.startswith("backbone.")}
+    """What a method learnt, without its backbone; trained weights in what the configuration says."""
+    state = {name: t for name, t in method.state_dict().items() if not name.startswith("backbone.")}
+    if getattr(method.config, "stored", "fp32") == "fp16":  # they were rounded as the training ended
+        trained = {name for name, p in cast(torch.nn.Module, method).named_parameters() if p.requires_grad}
+        state |= {name: tensor.half() for name, tensor in state.items() if name in trained}
+    return state
 
 
 def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:

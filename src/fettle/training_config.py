@@ -29,6 +29,8 @@ class TrainingConfig(BaseModel):
         early_stop: patience as a share of the steps: stop where held-out good pictures have not become better
             for so long, and keep the best weights; 0 is off, the last step counts.
         balance: how often a product's pictures come: by their number ("none"), its root, or all alike.
+        stored: what trained weights are kept in. "fp16" rounds them as the training ends, before anything is
+            calibrated: the model folder holds them in half the space and answers the same.
         precision: "auto" takes bfloat16 where a GPU has it, else float32.
     """
 
@@ -47,6 +49,7 @@ class TrainingConfig(BaseModel):
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: float = Field(default=0.0, ge=0, le=1)
     balance: Literal["none", "sqrt", "equal"] = "none"
+    stored: Literal["fp32", "fp16"] = "fp32"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     @staticmethod

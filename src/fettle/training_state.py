@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fettle.checkpoint import Best, DamagedState, Header
+from fettle.errors import ConfigError
 from fettle.training_config import TrainingConfig
 
 BUCKETS = 100  # of the loss log, each a hundredth of the training
@@ -41,6 +42,7 @@ class TrainingState:
     def __init__(self, network: nn.Module, total: int, config: TrainingConfig) -> None:
         self._network = network
         self._ema = config.ema
+        self._stored = config.stored
         self.total = total
         self.parameters = {
             name: parameter
@@ -115,9 +117,20 @@ class TrainingState:
             self._best_state = {name: tensor.clone() for name, tensor in self._method_state().items()}
 
     def choose(self) -> None:
-        """End the training: give the method the best state, or the average, or leave it the last one."""
+        """End the training: give the method the best state, or the average, or leave it the last one.
+
+        Raises:
+            ConfigError: a weight does not fit into what weights are stored in.
+        """
         _copy(self._average, self.parameters)
         _copy(self._best_state, self._method_state())
+        if self._stored == "fp16":
+            rounded = {name: p.detach().half().float() for name, p in self.parameters.items()}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
+                raise ConfigError(
+                    "A trained weight is too large for half precision.", "Use --set stored=fp32."
+                )
+            _copy(rounded, self.parameters)
 
     # To disk and back
 
