@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import textured, write_product
 from fettle.datasets.products import open_products
 from fettle.detector import Detector
-from fettle.errors import UsageError
+from fettle.errors import DataError, UsageError
 from fettle.inspection import Inspection
 
 TINY = {"backbone": "tiny", "weights": "random", "size": 64, "settings": {"bank_rows": 200}}
@@ -139,3 +139,13 @@ def test_fresh_pictures_set_every_product_anew(detector: Detector, root: Path, t
 def test_what_does_not_go_together_is_refused(root: Path, settings: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Detector.fit(root, **{**TINY, **settings})
+
+
+def test_a_product_that_cannot_be_divided_is_named(tmp_path: Path) -> None:
+    for number, name in enumerate(("bolt", "nut")):
+        write_product(tmp_path / name, number)
+    good = tmp_path / "nut" / "train" / "good"
+    for path in sorted(good.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"Product 'nut' has 1 good picture.*--shots"):
+        Detector.fit(tmp_path, multi_class=True, calibration="holdout", **TINY)

@@ -298,6 +298,11 @@ def _split_off(
     for product in sorted({picture.product for picture in pictures}):
         own = [picture for picture in pictures if picture.product == product]
         num_groups = len({picture.group for picture in own})
+        if product and num_groups < 2:
+            raise DataError(
+                f"Product '{product}' has {len(own)} good picture(s) in one group, and some must be held out.",
+                "Give it good pictures of other parts, leave it out with --products, or fit with --shots.",
+            )
         out = hold_out(*_keys_and_groups(own), share_of(num_groups, len(own)), purpose)
         split |= {picture.key for picture, chosen in zip(own, out, strict=True) if chosen}
     return [p for p in pictures if p.key not in split], [p for p in pictures if p.key in split]
