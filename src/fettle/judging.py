@@ -300,7 +300,7 @@ def _split_off(
         num_groups = len({picture.group for picture in own})
         if product and num_groups < 2:
             raise DataError(
-                f"Product '{product}' has {len(own)} good picture(s) in one group, and some must be held out.",
+                f"Product '{product}' has {len(own)} good picture(s) in one group; some must be held out.",
                 "Give it good pictures of other parts, leave it out with --products, or fit with --shots.",
             )
         out = hold_out(*_keys_and_groups(own), share_of(num_groups, len(own)), purpose)
