@@ -26,7 +26,6 @@ The diagnoses are explained in fettle/bench/copying.py.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,22 +34,13 @@ from typing import cast
 from fettle.backbones.registry import DEFAULT_BACKBONE
 from fettle.bench import Cell, paired_difference, read_records, run_cells, spread
 from fettle.bench.copying import diagnose
-from fettle.bench.pasted import pasted_layout
+from fettle.bench.real_pictures import REAL_PRODUCTS, open_real
 from fettle.bench.records import record_path
-from fettle.datasets.open import open_dataset
-from fettle.datasets.products import merge_datasets
-from fettle.datasets.records import Dataset
 from fettle.protocols import Json
 
 RECORDS = Path(__file__).parent / "records" / "agpnet"
 MULTI_CLASS = Path(__file__).parent / "records" / "multi_class"
 ACCURACY = Path(__file__).parent / "records" / "accuracy"
-PRODUCTS = {
-    "screw": "split_screw_mixed.csv",
-    "magnetic_tile": "split_magnetic_tile.csv",
-    "battery_weld": "battery_weld",
-    "fabric": "fabric",
-}
 ALONE = ("screw", "fabric")  # products that have models of their own
 SEEDS = (0, 1, 2)
 STEPS = {"agpnet": 800, "uniad": 2000, "fpfnet": 2000}  # of 16 and of 4 pictures
@@ -145,16 +135,6 @@ def cell(
     return Cell(f"{group}-{data}-{arm}-{seed}", data, {**fit, "settings": chosen} if chosen else fit)
 
 
-def open_data(name: str) -> Dataset:
-    root = Path(os.environ["FETTLE_DATA"])
-    if name == "real":
-        return merge_datasets({product: open_dataset(root / path) for product, path in PRODUCTS.items()})
-    if name.startswith("pasted_"):
-        product = name.removeprefix("pasted_")
-        return open_dataset(pasted_layout([r.path for r in open_data(product).good_for_training()], product))
-    return open_dataset(root / PRODUCTS[name])
-
-
 def table() -> None:
     """A table a group and data set, in the order of the cells."""
     records = read_records(RECORDS)
@@ -170,7 +150,7 @@ def table() -> None:
             arms |= memory_arms(data)
         against = arms.get(REFERENCE) if group == "ablation" else None
         compared = [f"{name} less attention's" for name in ("image AUROC", "AUPRO")] if against else []
-        products = sorted(PRODUCTS) if group == "multi" else []
+        products = sorted(REAL_PRODUCTS) if group == "multi" else []
         measured = ["image AUROC", "pixel AUROC", "pixel AP", "AUPRO", "normalised loss"]
         diagnosed = ["identity index", "mask correlation", "prior correlation"] if against else []
         columns = ["arm", "seeds", "steps", *measured, *diagnosed, *compared, *products, "fit, min"]
@@ -272,7 +252,7 @@ if __name__ == "__main__":
     for diagnosed in (False, True):
         run_cells(
             [one for one in chosen if one.name.startswith("ablation") == diagnosed],
-            open_data,
+            open_real,
             RECORDS,
             after=diagnose if diagnosed else None,
             say=lambda sentence: print(sentence, flush=True),

@@ -12,7 +12,6 @@ same steps, seeds and pictures, and the last step counts. Nothing is chosen by t
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +19,13 @@ from pathlib import Path
 from typing import cast
 
 from fettle.bench import Cell, read_records, run_cells, spread
-from fettle.datasets.open import open_dataset
+from fettle.bench.real_pictures import REAL_PRODUCTS, open_real
 from fettle.datasets.parts import PRODUCTS, write_parts
 from fettle.datasets.products import merge_datasets, open_products
 from fettle.datasets.records import Dataset
 from fettle.protocols import Json
 
 RECORDS = Path(__file__).parent / "records" / "multi_class"
-REAL = {
-    "screw": "split_screw_mixed.csv",
-    "magnetic_tile": "split_magnetic_tile.csv",
-    "battery_weld": "battery_weld",
-    "fabric": "fabric",
-}
 STEPS = 1000
 ARMS: dict[str, tuple[str, dict[str, Json]]] = {
     "uniad": ("uniad", {}),
@@ -63,7 +56,7 @@ def cells() -> Iterator[Cell]:
     for arm in ("uniad", "fpfnet"):
         chosen = {"steps": LONG, "early_stop": 0}
         yield Cell(f"real-{arm}_long-0", "real", {**common, "method": arm, "settings": chosen, "seed": 0})
-    for product in REAL:  # a model each, with as many steps as the one for all
+    for product in REAL_PRODUCTS:  # a model each, with as many steps as the one for all
         chosen = {"steps": STEPS, "early_stop": 0}
         yield Cell(
             f"{product}-uniad-0", product, {**common, "method": "uniad", "settings": chosen, "seed": 0}
@@ -72,9 +65,7 @@ def cells() -> Iterator[Cell]:
 
 def open_data(name: str) -> Dataset:
     if name != "parts":
-        root = Path(os.environ["FETTLE_DATA"])
-        chosen = REAL if name == "real" else {name: REAL[name]}
-        return merge_datasets({product: open_dataset(root / path) for product, path in chosen.items()})
+        return open_real(name) if name == "real" else merge_datasets({name: open_real(name)})
     parts = Path(tempfile.gettempdir()) / "fettle-multi-class-parts"
     if not (parts / "done").exists():
         write_parts(parts, products=PRODUCTS)
@@ -85,7 +76,7 @@ def open_data(name: str) -> Dataset:
 def table() -> None:
     """One row an arm: means over products, then each product's image AUROC, and all pooled."""
     records = read_records(RECORDS)
-    singles = {product: records.get(f"{product}-uniad-0") for product in REAL}
+    singles = {product: records.get(f"{product}-uniad-0") for product in REAL_PRODUCTS}
     for data in ("real", "parts"):
         own = {name: record for name, record in records.items() if name.startswith(f"{data}-")}
         if not own:

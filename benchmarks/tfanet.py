@@ -24,7 +24,6 @@ What is measured besides is explained in fettle/bench/templates.py.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,11 +35,9 @@ import torch
 from fettle.backbones.registry import DEFAULT_BACKBONE
 from fettle.bench import Cell, read_records, run_cells, spread
 from fettle.bench.cost import interleaved
-from fettle.bench.pasted import pasted_layout
+from fettle.bench.real_pictures import REAL_PRODUCTS, open_real
 from fettle.bench.records import record_path
 from fettle.bench.templates import FUSIONS, KEYS, controls, diagnose_template
-from fettle.datasets.open import open_dataset
-from fettle.datasets.products import merge_datasets
 from fettle.datasets.records import Dataset
 from fettle.detector import Detector
 from fettle.methods.tfanet import TFANet
@@ -48,12 +45,6 @@ from fettle.protocols import Json
 
 HERE = Path(__file__).parent / "records"
 RECORDS = HERE / "tfanet"
-PRODUCTS = {
-    "screw": "split_screw_mixed.csv",
-    "magnetic_tile": "split_magnetic_tile.csv",
-    "battery_weld": "battery_weld",
-    "fabric": "fabric",
-}
 ALL_SEEDS = ("screw", "fabric")  # the others have one
 SEEDS = (0, 1, 2)
 STEPS = 1000
@@ -91,7 +82,7 @@ NUM_OTHER_TEMPLATES = 5
 def cells() -> Iterator[Cell]:
     """Every cell, the most important first."""
     for seed in SEEDS:
-        for data in PRODUCTS:
+        for data in REAL_PRODUCTS:
             if seed == 0 or data in ALL_SEEDS:
                 for arm, settings in MASKING.items():
                     yield cell("oneclass", data, arm, seed, settings)
@@ -115,16 +106,6 @@ def cell(
 ) -> Cell:
     fit: dict[str, Json] = {"method": "tfanet", "seed": seed, "frame": "square", "size": 256, **more}
     return Cell(f"{group}-{data}-{arm}-{seed}", data, {**fit, "settings": {**settings, "steps": steps}})
-
-
-def open_data(name: str) -> Dataset:
-    root = Path(os.environ["FETTLE_DATA"])
-    if name.startswith("pasted_"):
-        product = name.removeprefix("pasted_")
-        return open_dataset(pasted_layout([r.path for r in open_data(product).good_for_training()], product))
-    if name == "real":
-        return merge_datasets({product: open_dataset(root / path) for product, path in PRODUCTS.items()})
-    return open_dataset(root / PRODUCTS[name])
 
 
 def look_again(detector: Detector, dataset: Dataset) -> dict[str, Json] | None:
@@ -224,8 +205,7 @@ def latency(device: str) -> None:
 
 def template_times(preset: str, backbone: str, weights: str | None, device: str) -> list[tuple[float, float]]:
     """Seconds of both ways, in turns; the network is fitted for a step only."""
-    root = Path(os.environ["FETTLE_DATA"])
-    good = [record.path for record in open_dataset(root / PRODUCTS["fabric"]).good_for_training()][:10]
+    good = [record.path for record in open_real("fabric").good_for_training()][:10]
     settings: dict[str, Json] = {"steps": 1, "epochs": None, "batch": 1}
     detector = Detector.fit(
         good,
@@ -265,4 +245,4 @@ if __name__ == "__main__":
         sys.exit(print("\n".join(missing)))
     if arguments.device != "cpu":
         chosen = [Cell(one.name, one.data, {**one.fit, "device": arguments.device}) for one in chosen]
-    run_cells(chosen, open_data, RECORDS, after=look_again, say=lambda sentence: print(sentence, flush=True))
+    run_cells(chosen, open_real, RECORDS, after=look_again, say=lambda sentence: print(sentence, flush=True))
