@@ -15,6 +15,8 @@ part after its last step; nothing is chosen by test labels. Cells are named GROU
 - bank: four products in one model, with a template for each and with one for all.
 - template: what the template itself gives; the ablation that changes it alone.
 - ablation: one other thing changed at a time.
+- orientation: attention against convolutions in its place, where parts lie one way (weld), the same ones in
+  four ways (turned weld), and anyhow (screw). Masked places hold a token in both arms.
 - pasted: how the compact values were chosen, without a test label: two thirds of the good training pictures
   are learnt from; the others, and the same ones with a defect pasted in, are told apart.
 
@@ -70,6 +72,11 @@ OTHERS: dict[str, dict[str, Json]] = {
     "no_norm": {"feature_norm": "none"},
     "jitter": {"pool": "gaussian"},
 }
+GATHERED_BY: dict[str, dict[str, Json]] = {
+    "attention": {"mask_mode": "token"},
+    "convolution": {"mask_mode": "token", "aggregation": "convolution"},
+}
+ORIENTED = ("battery_weld", "turned_battery_weld", "screw")
 BANKS: dict[str, dict[str, Json]] = {"bank": {}, "one": {"template_bank": "one"}}
 CHOICES: dict[str, dict[str, Json]] = {
     "compact": {},
@@ -86,6 +93,9 @@ def cells() -> Iterator[Cell]:
             if seed == 0 or data in ALL_SEEDS:
                 for arm, settings in MASKING.items():
                     yield cell("oneclass", data, arm, seed, settings)
+    for data in ORIENTED:
+        for arm, settings in GATHERED_BY.items():
+            yield cell("orientation", data, arm, 0, settings)
     for arm, settings in BANKS.items():
         yield cell("bank", "real", arm, 0, settings, steps=MULTI_STEPS, multi_class=True)
     for group, arms in (("template", TEMPLATES), ("ablation", OTHERS)):

@@ -346,6 +346,41 @@ def test_cross_is_not_joint() -> None:
     assert far_apart(net(*embedded(net), GRID), crossed(*embedded(net), GRID), 1e-2)
 
 
+CONVOLVING = {"aggregation": "convolution", "cls_token": False}
+
+
+def test_convolution_takes_from_nearby_places_alone() -> None:
+    """Of two blocks, the template's token sees the input no further than two places away."""
+    net = tiny(**CONVOLVING, depth=2)
+    seen, template = embedded(net, 1)
+    changed = seen.values.clone()
+    changed[:, 3 * 8 + 3] += 1  # row 3, column 3
+    moved = (
+        (net._convolved(Tokens(changed, seen.valid), template, GRID).values
+         - net._convolved(seen, template, GRID).values).abs().sum(dim=2)[0] > 1e-6
+    ).reshape(GRID)  # fmt: skip
+    near = torch.zeros(GRID, dtype=torch.bool)
+    near[1:6, 1:6] = True
+    assert torch.equal(moved, near)
+
+
+def test_what_is_not_valid_is_not_convolved() -> None:
+    net = tiny(**CONVOLVING)
+    seen, template = embedded(net, 1)
+    valid = seen.valid.clone()
+    valid[:, 20:24] = False
+    other = torch.where(valid[:, :, None], seen.values, 7.0)
+    assert torch.equal(
+        net(Tokens(seen.values, valid), template, GRID), net(Tokens(other, valid), template, GRID)
+    )
+
+
+@pytest.mark.parametrize("settings", [{"cls_token": True}, {"discard": "keep_input"}])
+def test_convolution_refuses_what_it_has_no_place_for(settings: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="convolution"):
+        AggregationConfig.model_validate({**TINY, **CONVOLVING, **settings})
+
+
 def test_keep_input_rebuilds_from_the_inputs_tokens() -> None:
     net = tiny(discard="keep_input", depth=1)
     seen, template = embedded(net)

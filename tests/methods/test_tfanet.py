@@ -793,6 +793,7 @@ SWITCHES: list[dict[str, object]] = [
     {"discard": "keep_input", "mask_mode": "token"},
     {"discard": "no_template", "mask_mode": "token"},
     {"aggregation": "cross"},
+    {"aggregation": "convolution", "mask_mode": "token"},
     *({"depth": 1}, {"rebuild_depth": 2}, {"patch": 1}, {"patch": 4}),
     *({"taps": ("stride8", "stride16")}, {"grid_stride": 8}, {"align": "corners"}),
     *({"feature_norm": "none"}, {"feature_norm": "l2"}),
@@ -1124,6 +1125,7 @@ def test_explained_blocks_can_be_chosen() -> None:
         ({"template": "learned"}, ["adoption", "taken", "adoption_peak", "error"], []),
         ({"discard": "keep_input", "mask_mode": "token"}, ["error"], ["template"]),
         ({"aggregation": "cross"}, ["adoption", "taken", "adoption_peak", "error"], ["template"]),
+        ({"aggregation": "convolution", "mask_mode": "token"}, ["error"], ["template"]),
     ],
 )
 def test_explanation_of_ablations(settings: Any, maps: list[str], shown: list[str]) -> None:

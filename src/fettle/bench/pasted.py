@@ -6,19 +6,12 @@ defect is no real one; it tells whether a method can see that something does not
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import shutil
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fettle.errors import UsageError
 
@@ -133,37 +126,3 @@ def _filling(size: tuple[int, int], donor: NDArray[np.uint8], rng: np.random.Gen
     changed = moved * rng.uniform(*_GAIN) + rng.uniform(*_SHIFT)
     filling: NDArray[np.uint8] = np.clip(np.rint(changed), 0, 255).astype(np.uint8)
     return filling
-
-
-def pasted_layout(good: Sequence[Path], name: str) -> Path:
-    """A labelled layout without a real defect, in the machine's folder for temporary files.
-
-    Two thirds of the good pictures are to be learnt from. The others, and the same ones with a defect pasted
-    in, are its test part. It is made once.
-    """
-    paths = sorted(good)
-    made_of = [inspect.getsource(sys.modules[__name__]), *map(str, paths)]
-    version = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
-    finished = Path(tempfile.gettempdir()) / f"fettle-pasted-{name}-{version}"
-    if finished.exists():
-        return finished
-    layout = Path(tempfile.mkdtemp(prefix=finished.name))
-    for number, path in enumerate(paths):
-        part = "train" if number % 3 else "test"
-        _save(layout / part / "good", path.stem, Image.open(path).convert("RGB"))
-    held_out = [np.asarray(Image.open(path).convert("RGB")) for path in paths[::3]]
-    for path, one in zip(paths[::3], paste_defects(held_out, seed=0), strict=True):
-        _save(layout / "test" / "pasted", path.stem, Image.fromarray(one.picture))
-        _save(layout / "ground_truth" / "pasted", f"{path.stem}_mask", Image.fromarray(one.mask))
-    try:
-        layout.rename(finished)
-    except OSError:
-        if not finished.exists():
-            raise
-        shutil.rmtree(layout)  # another process was faster
-    return finished
-
-
-def _save(folder: Path, name: str, picture: Image.Image) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{name}.png")

@@ -32,7 +32,8 @@ class AggregationConfig(BaseModel):
         positions: fixed "sincos", or a table "learned" from there.
         cls_token: a token of no place in both transformers.
         aggregation: "joint" lets all tokens look at all; in "cross" template tokens alone ask, and those of
-            the input stay as they are.
+            the input stay as they are. "convolution" has no attention: the template's grid takes from the
+            input's by 3 x 3 convolutions, so from nearby places alone (ablation).
         discard: whose tokens go on: "template" throws the input's away. "keep_input" throws the template's
             away, and "no_template" never has any: then each token may copy itself (ablations).
         mask_mode: tokens that are masked in training leave the sequence ("drop"), or become one learned
@@ -50,7 +51,7 @@ class AggregationConfig(BaseModel):
     rebuild_depth: int = Field(default=2, ge=1, le=64)
     positions: Literal["sincos", "learned"] = "sincos"
     cls_token: bool = False
-    aggregation: Literal["joint", "cross"] = "joint"
+    aggregation: Literal["joint", "cross", "convolution"] = "joint"
     discard: Literal["template", "keep_input", "no_template"] = "template"
     mask_mode: Literal["drop", "token"] = "drop"
 
@@ -59,6 +60,8 @@ class AggregationConfig(BaseModel):
         for width, heads in ((self.width, self.heads), (self.rebuild_width, self.rebuild_heads)):
             if width % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {width}: choose heads that do")
+        if self.aggregation == "convolution" and (self.cls_token or self.discard != "template"):
+            raise ValueError("aggregation 'convolution' takes no cls_token and needs discard 'template'")
         return self
 
 
@@ -90,7 +93,12 @@ class TemplateAggregation(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, width)) if config.cls_token else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.mask_mode == "token" else None
         self.positions = _Positions(grid, width, config)
-        self.aggregation = nn.ModuleList(ViTBlock(width, config.heads, _EPS) for _ in range(config.depth))
+        self.aggregation = nn.ModuleList(
+            _ConvolutionBlock(width)
+            if config.aggregation == "convolution"
+            else ViTBlock(width, config.heads, _EPS)
+            for _ in range(config.depth)
+        )
         self.aggregation_norm = nn.LayerNorm(width, eps=_EPS)
         self.narrow = nn.Linear(width, inner)
         self.inner_positions = _Positions(grid, inner, config)
@@ -99,6 +107,11 @@ class TemplateAggregation(nn.Module):
         )
         self.rebuilding_norm = nn.LayerNorm(inner, eps=_EPS)
         self.project_out = nn.Linear(inner, config.patch**2 * channels)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the template's tokens look at the input's, and are kept: `attention` then has something."""
+        return self.config.discard == "template" and self.config.aggregation != "convolution"
 
     def embed(self, fused: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Fused features (B, C, H k, W k) -> tokens (B, H W, width) with their positions.
@@ -126,6 +139,9 @@ class TemplateAggregation(nn.Module):
         Returns:
             (B, N, k k C), as `patchify` lays it out.
         """
+        if self.config.aggregation == "convolution":
+            assert template is not None
+            return self._rebuilt(self._convolved(seen, template, grid), grid)
         sequence, num_kept = self._sequence(seen, template)
         mask = seen_by_all(sequence.valid)
         x = sequence.values
@@ -136,9 +152,16 @@ class TemplateAggregation(nn.Module):
         kept = x[:, -num_kept:]
         return self._rebuilt(Tokens(self.aggregation_norm(kept), sequence.valid[:, -num_kept:]), grid)
 
+    def _convolved(self, seen: Tokens, template: Tokens, grid: tuple[int, int]) -> Tokens:
+        """Template tokens that have taken from places of the input near their own; all N must be there."""
+        x = template.values
+        for block in self.aggregation:
+            x = block(x, template.valid, seen, grid)
+        return Tokens(self.aggregation_norm(x), template.valid)
+
     def attention(self, seen: Tokens, template: Tokens) -> Iterator[Tensor]:
         """By block: how much template token j looks at input token i, (B, N, n), a mean over heads."""
-        assert self.config.discard == "template"
+        assert self.attends
         sequence, num_kept = self._sequence(seen, template)
         mask = seen_by_all(sequence.valid)
         x = sequence.values
@@ -200,6 +223,27 @@ class TemplateAggregation(nn.Module):
         for token in (self.cls_token, self.mask_token):
             if token is not None:
                 nn.init.normal_(token, std=_INIT_STD, generator=generator)
+
+
+class _ConvolutionBlock(nn.Module):
+    """As a transformer's block, with a 3 x 3 convolution of both grids in the place of attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
+        self.convolution = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, valid: Tensor, seen: Tokens, grid: tuple[int, int]) -> Tensor:
+        """Template tokens x (B, N, d), of which valid (B, N) count, beside the input's (B, N, d)."""
+        both = torch.cat(
+            [self.norm1(x) * valid[:, :, None], self.norm1(seen.values) * seen.valid[:, :, None]], dim=2
+        )
+        on_grid = torch.unflatten(both.transpose(1, 2), 2, grid)  # (B, 2d, H, W)
+        x = x + self.convolution(on_grid).flatten(2).transpose(1, 2)
+        added: Tensor = x + self.mlp(self.norm2(x))
+        return added
 
 
 class _Positions(nn.Module):

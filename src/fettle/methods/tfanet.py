@@ -127,6 +127,8 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
             raise ValueError(
                 f"with discard '{self.discard}' dropped tokens cannot be rebuilt: set mask_mode=token"
             )
+        if self.aggregation == "convolution" and self.mask_mode == "drop" and self.mask_ratio != 0:
+            raise ValueError("aggregation 'convolution' needs every token's place: set mask_mode=token")
         if self.pool.guide is not None:
             raise ValueError("this method's pool takes no guide: leave it out")
         if self.lambda_dir == self.lambda_dis == 0:
@@ -594,7 +596,7 @@ class TFANet(nn.Module):
         seen = Tokens(self.net.embed(fused), self._valid_tokens(fused, valid))
         template = self._template_tokens(self.bank.tokens, which)
         maps: dict[str, Tensor] = {}
-        if template is not None and self.config.discard == "template":
+        if template is not None and self.net.attends:
             by_block = list(self.net.attention(seen, template))
             attention = torch.stack([by_block[i] for i in blocks or range(len(by_block))]).mean(dim=0)
             maps = adoption_maps(attention, seen.valid, template.valid, self.net.cls_token is not None)
