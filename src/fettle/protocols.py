@@ -289,7 +289,7 @@ class LeftOut(NamedTuple):
     group: str
     maps: Maps  # of this one view, B = 1
     valid: Tensor  # (1, 1, H, W) bool
-    energies: Tensor  # raw patch energies (n,), valid patches only
+    energy: Tensor  # raw patch energies (1, h, w)
 
 
 @runtime_checkable
@@ -298,6 +298,21 @@ class LeavesOut(Protocol):
 
     def left_out(self, good: FeatureStream, run: Run) -> Iterator[LeftOut]:
         """Each picture of `good`, judged without itself and its group, in the stream's order."""
+        ...
+
+
+@runtime_checkable
+class Crops(Protocol):
+    """A method whose patch energy may be asked for a part of a frame."""
+
+    def crop_energy(self, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]]) -> Tensor:
+        """As `patch_energy` has it at these places of the whole frame, but for what the backbone's padding
+        does to the part's sides, (B, h, w).
+
+        Args:
+            pictures: (B, 3, H, W), parts of frames. valid: (B, 1, H, W) bool.
+            origins: (top, left) of each part, framed px; multiples of every stride in use.
+        """
         ...
 
 

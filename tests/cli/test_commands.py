@@ -293,6 +293,7 @@ def test_python_m_fettle_is_the_same_command() -> None:
     )
     assert [method["name"] for method in json.loads(answer.stdout)] == [
         "agpnet",
+        "cflow",
         "fpfnet",
         "padim",
         "patchcore",

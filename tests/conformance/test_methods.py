@@ -28,7 +28,7 @@ from fettle.images.framing import Frame
 from fettle.inspection import Inspection, Refusal, Verdict
 from fettle.judging import Fitter, judge
 from fettle.methods.registry import find_method, make_config, method_names
-from fettle.protocols import LeavesOut, Method, Run, no_progress
+from fettle.protocols import Crops, LeavesOut, Method, Run, no_progress
 
 # A head for a grid of 4 x 4 tokens, whose score is the largest of its map.
 SMALL_HEAD: dict[str, object] = {
@@ -39,6 +39,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "agpnet": {
         **{"width": 32, "heads": 2, "depth": 1, "batch": 8, "steps": 60, "warmup": 0.0, "lr": 3e-3},
         **{"smooth_sigma": 0.0},
+    },
+    "cflow": {
+        **{"code": 16, "blocks": 2, "fibres": 128, "batch": 8, "steps": 60, "warmup": 0.0, "lr": 3e-3},
+        **{"epochs": None, "sigma": 0.0},
     },
     "fpfnet": SMALL_HEAD,
     "padim": {"channels": 12},
@@ -218,6 +222,18 @@ def double(method: Method) -> Method:
     return doubled
 
 
+def test_a_part_that_is_the_whole_has_the_wholes_energy(fitted: Fitted) -> None:
+    method = fitted.method
+    if not isinstance(method, Crops):
+        pytest.skip("it takes no parts of frames")
+    pictures, valid = eight_pictures()
+    with torch.no_grad():
+        whole = method.patch_energy(pictures, valid)
+        part = method.crop_energy(pictures, valid, [(0, 0)] * 8)
+    assert part.shape == whole.shape and float(whole.abs().max()) > 1
+    torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_agrees_with_finite_differences(fitted: Fitted) -> None:
     method = double(fitted.method)
     pictures, valid = as_input(scratched(500))
@@ -264,7 +280,7 @@ def test_energies_settle_to_zero_and_one(name: str, tmp_path: Path) -> None:
     held_out = [picture for picture in pictures if picture.key in judged.keys]
     assert len(held_out) == len(judged.keys) == 8
     views = judge(judged.method, held_out, FRAME, device="cpu", progress=no_progress, refused=_fail)
-    z = torch.cat([view.energies for view in views])
+    z = torch.cat([view.energy.flatten() for view in views])
     assert float(z.median()) == pytest.approx(0, abs=0.02)
     assert float(z.quantile(0.99)) == pytest.approx(1, abs=0.05)
 

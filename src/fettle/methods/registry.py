@@ -13,6 +13,7 @@ from fettle.protocols import Method
 
 _HOME = {
     "agpnet": "fettle.methods.agpnet:AGPNet",
+    "cflow": "fettle.methods.cflow:Cflow",
     "fpfnet": "fettle.methods.fpfnet:FPFNet",
     "padim": "fettle.methods.padim:Padim",
     "patchcore": "fettle.methods.patchcore:PatchCore",
