@@ -17,7 +17,7 @@ from conftest import TINY_LEVELS, textured, write_good
 from fettle.backbones import load_backbone
 from fettle.backbones.registry import find_entry
 from fettle.bench.cost import multiply_adds
-from fettle.detector import Detector, _learnt, _load_learnt
+from fettle.detector import Detector
 from fettle.errors import ConfigError, UsageError
 from fettle.layers.feature_statistics import FeatureStatistics
 from fettle.layers.pixel_map import pixel_map
@@ -25,6 +25,7 @@ from fettle.layers.token_decoder import TokenDecoder
 from fettle.layers.token_grid import score_of_map
 from fettle.methods.agpnet import AGPNet, AGPNetConfig
 from fettle.methods.registry import make_config
+from fettle.model_parts import learnt_tensors, load_learnt
 from fettle.perturb.attention import Guidance
 from fettle.protocols import Batch, FeatureBatch, Level, Run, Step
 
@@ -471,7 +472,7 @@ def test_what_was_learnt_is_kept(settings: dict[str, object]) -> None:
     method.after_step(Step(0, 40))
     method.eval()
     fresh = AGPNet(method.backbone, method.config, method.levels).eval()
-    _load_learnt(fresh, {name: tensor.clone() for name, tensor in _learnt(cast(Any, method)).items()})
+    load_learnt(fresh, {name: tensor.clone() for name, tensor in learnt_tensors(cast(Any, method)).items()})
     views = pictures(first=50)
     with torch.no_grad():
         assert torch.equal(fresh(views, all_valid(views)).score, method(views, all_valid(views)).score)
@@ -487,7 +488,7 @@ def test_cached_equals_uncached_and_resumed_equals_uninterrupted(tmp_path: Path)
         fitted = Detector.fit(
             good, method="agpnet", settings=settings, backbone="tiny", weights="random", size=64, **more
         )
-        return _learnt(fitted.method)
+        return learnt_tensors(fitted.method)
 
     class Stop(Exception):
         pass

@@ -343,7 +343,7 @@ def test_closed_form_holds_in_single_precision() -> None:
         place = int(view.key)
         rest = [i for i in range(24) if i // 2 != place // 2]
         exact = mahalanobis(rows[:, place], *direct(rows[:, rest]))
-        torch.testing.assert_close(view.energies.double(), exact, rtol=1e-3, atol=0)
+        torch.testing.assert_close(view.energy.flatten().double(), exact.flatten(), rtol=1e-3, atol=0)
 
 
 def test_groups_of_several_sizes_are_all_judged_once() -> None:
@@ -376,7 +376,7 @@ def test_shrinkage_follows_the_scale_of_the_features(scale: float) -> None:
         rest = [i for i in range(24) if i != place]
         own = 0.1 * float(rows[:, rest].var(dim=1).mean())  # the left-out picture has no say in it
         exact = mahalanobis(rows[:, place], *direct(rows[:, rest], regulariser=own))
-        torch.testing.assert_close(view.energies.double(), exact, rtol=1e-3, atol=0)
+        torch.testing.assert_close(view.energy.flatten().double(), exact.flatten(), rtol=1e-3, atol=0)
 
 
 def test_left_out_picture_has_no_say_in_the_shrinkage() -> None:
@@ -390,7 +390,7 @@ def test_left_out_picture_has_no_say_in_the_shrinkage() -> None:
     rows = method._rows(made).double()
     rest = rows[:, 1:]
     exact = mahalanobis(rows[:, 0], *direct(rest, regulariser=0.1 * float(rest.var(dim=1).mean())))
-    torch.testing.assert_close(odd.energies.double(), exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(odd.energy.flatten().double(), exact.flatten(), rtol=1e-3, atol=0)
 
 
 def test_left_out_distance_that_is_lost_in_rounding_is_refused() -> None:
@@ -426,3 +426,57 @@ def test_few_pictures_are_warned_of() -> None:
     assert not padim().prepare(stream_of(features(20)), Run()).warnings
     (warning,) = padim().prepare(stream_of(features(19)), Run()).warnings
     assert "19 pictures only" in warning
+
+
+# --- parts of frames
+
+
+def parts_of(made: dict[str, Tensor], places: Sequence[tuple[int, int]], side: int) -> dict[str, Tensor]:
+    """Features of square parts of one picture of 64 x 64 px, cut out of the whole's."""
+    cut: dict[str, Tensor] = {}
+    for name, level in made.items():
+        stride = 64 // SIDES[name]
+        rows = [
+            level[0, :, top // stride : (top + side) // stride, left // stride : (left + side) // stride]
+            for top, left in places
+        ]
+        cut[name] = torch.stack(rows)
+    return cut
+
+
+def test_a_parts_energy_is_the_wholes_at_its_place() -> None:
+    """With the backbone out of the way, whose padding alone may make a difference."""
+    method, made = fitted(features(60)), features(1, seed=9)
+    method.settle(torch.linspace(3, 9, 100))
+    places = [(0, 0), (16, 32), (32, 16)]
+
+    def energy_of(found: dict[str, Tensor], origins: Sequence[tuple[int, int]], side: int) -> Tensor:
+        method.features = lambda pictures, valid: found  # type: ignore[method-assign]
+        pictures = torch.zeros(len(origins), 3, side, side)
+        valid = torch.ones(len(origins), 1, side, side, dtype=torch.bool)
+        return method.crop_energy(pictures, valid, origins)
+
+    method.features = lambda pictures, valid: made  # type: ignore[method-assign]
+    all_valid = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    whole = method.patch_energy(torch.zeros(1, 3, 64, 64), all_valid)[0]
+    parts = energy_of(parts_of(made, places, 32), places, 32)
+    for part, (top, left) in zip(parts, places, strict=True):
+        own = whole[top // 4 : top // 4 + 8, left // 4 : left // 4 + 8]
+        torch.testing.assert_close(part, own, rtol=1e-5, atol=1e-5)
+    elsewhere = energy_of(parts_of(made, places, 32), [(16, 16)] * 3, 32)
+    assert float((elsewhere - parts).abs().mean()) > 0.05
+
+
+def test_energy_has_a_gradient_after_an_inspection() -> None:
+    """What an inspection without gradients has computed and kept serves later calls that want them."""
+    method, pictures = fitted(_drawn(padim(channels=10), features(24)), channels=10), torch.rand(1, 3, 64, 64)
+    valid = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    with torch.inference_mode():
+        method(pictures, valid)
+    for energy in (
+        method.patch_energy,
+        lambda pictures, valid: method.crop_energy(pictures, valid, [(0, 0)]),
+    ):
+        leaf = pictures.clone().requires_grad_()
+        energy(leaf, valid).sum().backward()
+        assert leaf.grad is not None and bool((leaf.grad != 0).any())

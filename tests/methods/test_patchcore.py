@@ -380,3 +380,31 @@ def test_value_that_a_field_does_not_take_is_refused() -> None:
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean 'paper'"):
         make_config(PatchCore, "papers", {})
+
+
+# --- parts of frames
+
+
+def test_a_parts_energy_is_the_wholes_at_its_place() -> None:
+    """With the backbone out of the way; the bank knows no places, so that the origin says nothing."""
+    method = fitted()
+    method.settle(torch.linspace(0, 2, 100))
+    made = torch.randn(1, DIMS, 8, 8, generator=torch.Generator().manual_seed(9))
+
+    def energy_of(patches: Tensor, origins: Sequence[tuple[int, int]] | None) -> Tensor:
+        method.features = lambda pictures, valid: {"patches": patches}  # type: ignore[method-assign]
+        shape = (len(patches), 3, 8 * patches.shape[2], 8 * patches.shape[3])
+        batch, valid = torch.zeros(shape), torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
+        if origins is None:
+            return method.patch_energy(batch, valid)
+        return method.crop_energy(batch, valid, origins)
+
+    whole = energy_of(made, None)[0]
+    places = [(0, 0), (32, 16)]
+    cut = torch.cat([made[:, :, t // 8 : t // 8 + 4, w // 8 : w // 8 + 4] for t, w in places])
+    parts = energy_of(cut, places)
+    for part, (top, left) in zip(parts, places, strict=True):
+        own = whole[top // 8 : top // 8 + 4, left // 8 : left // 8 + 4]
+        torch.testing.assert_close(part, own, rtol=1e-5, atol=1e-5)
+    assert torch.equal(energy_of(cut, [(16, 16), (0, 0)]), parts)
+    assert float((parts[0] - parts[1]).abs().max()) > 0.01

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conftest import TINY_LEVELS, textured, write_good
 from fettle.backbones import load_backbone
 from fettle.backbones.registry import find_entry
-from fettle.detector import Detector, _learnt, _load_learnt
+from fettle.detector import Detector
 from fettle.errors import ConfigError, DataError, ModelFolderError
 from fettle.images.decode import file_sha256
 from fettle.layers.patches import patchify
@@ -27,6 +27,7 @@ from fettle.layers.template_aggregation import TemplateAggregation, Tokens
 from fettle.layers.template_maps import difference
 from fettle.methods.registry import make_config
 from fettle.methods.tfanet import TFANet, TFANetConfig
+from fettle.model_parts import learnt_tensors, load_learnt
 from fettle.perturb.token_mask import keep_indices
 from fettle.protocols import Batch, FeatureBatch, FitRecord, FramedPicture, Level, Run, Step
 
@@ -1150,7 +1151,7 @@ def test_explanation_of_ablations(settings: Any, maps: list[str], shown: list[st
 def test_what_was_learnt_is_kept(settings: dict[str, object]) -> None:
     method = of_two(**settings)
     fresh = TFANet(method.backbone, method.config, method.levels)
-    _load_learnt(fresh, {name: tensor.clone() for name, tensor in _learnt(cast(Any, method)).items()})
+    load_learnt(fresh, {name: tensor.clone() for name, tensor in learnt_tensors(cast(Any, method)).items()})
     fresh.eval()
     assert torch.equal(map_of(fresh), map_of(method))
     for own, other in zip(fresh.templates(), method.templates(), strict=True):
@@ -1234,7 +1235,7 @@ def test_resumed_equals_uninterrupted(more: dict[str, object], tmp_path: Path) -
             raise Stop
 
     def fitted(**others: Any) -> dict[str, Tensor]:
-        return _learnt(Detector.fit(good, settings=settings, **QUICK, **others).method)
+        return learnt_tensors(Detector.fit(good, settings=settings, **QUICK, **others).method)
 
     uncached = fitted(cache_mib=0)
     with pytest.raises(Stop):

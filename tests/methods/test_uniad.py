@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from conftest import TINY_LEVELS, textured
 from fettle.backbones import load_backbone, registry
-from fettle.detector import _learnt, _load_learnt
 from fettle.errors import ConfigError, DataError
 from fettle.layers.attention import MultiHeadAttention, neighbour_mask
 from fettle.layers.token_grid import aligned_to, enlarged, pooled_maximum
@@ -30,6 +29,7 @@ from fettle.methods.uniad import (
     mean_squared_error,
     plain_norm,
 )
+from fettle.model_parts import learnt_tensors, load_learnt
 from fettle.protocols import BackboneSpec, Batch, FeatureBatch, Level, Run, Step, Trained
 from fettle.training import learning_rate
 
@@ -654,7 +654,7 @@ def test_state_goes_into_a_fresh_method() -> None:
     train(method, batch_of(method, good_pictures(3)), 3)
     method.settle(torch.linspace(0, 5, 100))
     fresh = unfitted()
-    _load_learnt(fresh, {name: tensor.clone() for name, tensor in _learnt(method).items()})
+    load_learnt(fresh, {name: tensor.clone() for name, tensor in learnt_tensors(method).items()})
     pictures = good_pictures(2)
     one, other = (each(pictures, whole(pictures)) for each in (method, fresh))
     assert torch.equal(one.anomaly_map, other.anomaly_map) and torch.equal(one.score, other.score)
@@ -664,7 +664,7 @@ def test_state_goes_into_a_fresh_method() -> None:
 
 def test_state_of_another_width_does_not_go_in() -> None:
     with pytest.raises(ValueError, match=r"has shape"):
-        _load_learnt(unfitted(), _learnt(prepared(width=32)))
+        load_learnt(unfitted(), learnt_tensors(prepared(width=32)))
 
 
 @pytest.mark.parametrize("name", ["uniad", "fpfnet"])

@@ -40,6 +40,7 @@ from fettle.protocols import (
     Traits,
 )
 from fettle.training import TrainingConfig
+from fettle.training_config import Schedule
 
 _STRIDES = (8, 16, 32)
 _MORE = 4  # stride taken besides, where a pyramid has fewer than two of these
@@ -76,7 +77,7 @@ class CflowConfig(TrainingConfig):
     lr: float = Field(default=1e-2, gt=0, le=10)
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     clip: float = Field(default=1.0, ge=0)
-    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
     taps: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -170,7 +171,7 @@ class Cflow(nn.Module):
                 batch=32,
                 lr=2e-4,
                 clip=0,
-                warmup=0.08,
+                schedule="stages",
             ),
             backbone="wide_resnet50_2",
             frame="square",

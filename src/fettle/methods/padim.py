@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fettle.errors import ConfigError, DataError
 from fettle.layers.channel_reduction import ChannelReduction, ReductionKind
 from fettle.layers.energy_scale import EnergyScale
-from fettle.layers.pixel_map import pixel_map, valid_tokens
+from fettle.layers.pixel_map import pixel_map
 from fettle.protocols import (
     Backbone,
     FeatureBatch,
@@ -228,9 +228,8 @@ class Padim(nn.Module):
                 (key,), (group,) = single.keys, single.groups
                 if key in squared:
                     distance = squared.pop(key).sqrt().reshape(1, *self.grid.tolist())
-                    tokens = valid_tokens(single.valid, (distance.shape[-2], distance.shape[-1]))
                     maps = self._maps(distance, single.valid)
-                    yield LeftOut(key, group, maps, single.valid, distance[tokens])
+                    yield LeftOut(key, group, maps, single.valid, distance)
 
     def _deviations(self, batch: FeatureBatch, size: int) -> Tensor:
         """Deviations from the mean, groups of `size` pictures apart: (P, G, g, d)."""
@@ -261,6 +260,23 @@ class Padim(nn.Module):
         energy: Tensor = self.scale((self._squared_distance(pictures, valid) + 1e-8).sqrt())
         return energy
 
+    def crop_energy(self, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]]) -> Tensor:
+        """The same of parts of frames, by the Gaussians of their own places; (B, h, w)."""
+        parts = self._side_by_side(self.features(pictures, valid))  # (B, d, h, w)
+        height, width = parts.shape[-2:]
+        stride = pictures.shape[-2] // height
+        whitening = self._dense_whitening()
+        places = torch.arange(len(self.mean), device=parts.device).reshape(self.grid.tolist())
+        squared = []
+        for part, (top, left) in zip(parts, origins, strict=True):
+            first, second = top // stride, left // stride
+            cells = places[first : first + height, second : second + width].flatten()
+            deviations = part.flatten(1).T - self.mean[cells]  # (p, d)
+            whitened = torch.bmm(whitening[cells], deviations[:, :, None])[:, :, 0]
+            squared.append(whitened.square().sum(dim=1).reshape(height, width))
+        energy: Tensor = self.scale((torch.stack(squared) + 1e-8).sqrt())
+        return energy
+
     def _squared_distance(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """||W (x - mu)||^2, (B, h, w)."""
         rows = self._rows(self.features(pictures, valid))  # (P, B, d)
@@ -272,19 +288,25 @@ class Padim(nn.Module):
         return Maps(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
 
     def _rows(self, features: dict[str, Tensor]) -> Tensor:
-        """Levels side by side on the finest grid, coarser cells replicated: (P, B, d)."""
-        levels = [features[name] for name in self.levels]
-        grid = levels[0].shape[-2:]
+        """All levels' channels at each position of the whole grid: (P, B, d)."""
+        joined = self._side_by_side(features)
+        grid = joined.shape[-2:]
         if len(self.mean) and tuple(grid) != tuple(self.grid.tolist()) and int(self.grid[0]):
             raise ConfigError(
                 f"PaDiM was fitted on a grid of {self.grid.tolist()}, not {list(grid)}.",
                 "Use the model's frame.",
             )
+        return joined.flatten(2).permute(2, 0, 1)
+
+    def _side_by_side(self, features: dict[str, Tensor]) -> Tensor:
+        """Levels on the finest grid, coarser cells replicated, (B, d, h, w)."""
+        levels = [features[name] for name in self.levels]
+        grid = levels[0].shape[-2:]
         replicated = [
             level if level.shape[-2:] == grid else F.interpolate(level, size=grid, mode="nearest")
             for level in levels
         ]
-        return torch.cat(replicated, dim=1).flatten(2).permute(2, 0, 1)
+        return torch.cat(replicated, dim=1)
 
     def _to_grid_stride(self, level: Tensor, pictures: Tensor) -> Tensor:
         stride = self.config.grid_stride
@@ -333,9 +355,10 @@ class Padim(nn.Module):
         mean = self.mean
         if self._dense is None or (self._dense.device, self._dense.dtype) != (mean.device, mean.dtype):
             dims = mean.shape[1]
-            rows, columns = torch.tril_indices(dims, dims, device=mean.device)
-            dense = mean.new_zeros(len(self.whitening), dims, dims)
-            dense[:, rows, columns] = self.whitening.to(mean)
+            with torch.inference_mode(False):  # kept for later calls, which may want gradients
+                rows, columns = torch.tril_indices(dims, dims, device=mean.device)
+                dense = mean.new_zeros(len(self.whitening), dims, dims)
+                dense[:, rows, columns] = self.whitening.to(mean)
             self._dense = dense
         return self._dense
 

@@ -220,9 +220,8 @@ class PatchCore(nn.Module):
                     continue
                 one, valid = patches[i : i + 1], batch.valid[i : i + 1]
                 distance, index = self._search(one, others)
-                tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))
                 maps = self._maps(one, valid, distance, index, others)
-                yield LeftOut(key, group, maps, valid, distance[tokens])
+                yield LeftOut(key, group, maps, valid, distance)
 
     def settle(self, energies: Tensor) -> None:
         self.scale.settle(energies)
@@ -243,6 +242,10 @@ class PatchCore(nn.Module):
         difference = patches - self.bank[index[..., 0]].permute(0, 3, 1, 2)  # (B, D, h, w)
         energy: Tensor = self.scale((difference.square().sum(dim=1) + 1e-8).sqrt())
         return energy
+
+    def crop_energy(self, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]]) -> Tensor:
+        """The same of parts of frames: the bank knows no places."""
+        return self.patch_energy(pictures, valid)
 
     def _search(self, patches: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (B, D, h, w) -> patch score (B, h, w) and bank rows (B, h, w, k), nearest first."""

@@ -20,6 +20,7 @@ from fettle.protocols import UNUSUAL_TEMPLATE, FeatureStream, FitRecord, FramedP
 FEWEST = 8  # good pictures, below which no template is called unusual
 
 _ASPECT = 0.02  # by which a given template may differ
+_MOST_SIZES = 64  # pictures whose sizes are looked at
 _FAR, _FARTHEST = 3.0, 0.95  # robust deviations from the middle; share of the pictures that are nearer
 _LOCALLY_FAR, _LOCAL_SHARE = 6.0, 0.01  # deviations at one place; share of the places
 _UNALIGNED = 0.5  # share of the variance, more than a mean of aligned parts would leave
@@ -65,6 +66,7 @@ class Gathered:
 
     Attributes:
         seen: statistics of their fused features. vectors: means over valid places, normalised, (n, C).
+        aspects: least and largest width over height of the pictures themselves.
     """
 
     seen: FeatureStatistics
@@ -72,6 +74,7 @@ class Gathered:
     keys: Sequence[str]
     paths: Sequence[str]
     products: Sequence[str]
+    aspects: tuple[float, float]
 
 
 class MakesTemplates(Protocol):
@@ -106,7 +109,7 @@ def choose_templates(
     if config.template_file is not None:
         name = config.template_file.name
         picture = good.framed(str(config.template_file))
-        check_aspect(picture, name, first.size[1] / first.size[0])
+        check_aspect(picture, name, gathered.aspects)
         return [make(picture, name, "")]
     chosen = []
     for product in sorted(set(gathered.products)) if config.template_bank == "per_product" else [""]:
@@ -146,16 +149,25 @@ def _mean_template(
     return make(shown, f"mean of {number}", "", mean.to(gathered.vectors)[None])
 
 
-def check_aspect(picture: FramedPicture, name: str, usual: float) -> None:
-    """Refuse a picture that the frame would stretch otherwise than the good ones: places then differ.
+def aspects_of(good: FeatureStream, paths: Sequence[str]) -> tuple[float, float]:
+    """The least and the largest width over height of good pictures; of some, where there are many."""
+    some = sorted(set(paths))
+    sizes = [good.framed(path).size for path in some[:: -(-len(some) // _MOST_SIZES)]]
+    aspects = [width / height for height, width in sizes]
+    return min(aspects), max(aspects)
+
+
+def check_aspect(picture: FramedPicture, name: str, usual: tuple[float, float]) -> None:
+    """Refuse a picture that the frame would stretch otherwise than any good one: places then differ.
 
     Args:
-        usual: width over height of the good pictures.
+        usual: least and largest width over height of the good pictures.
     """
-    aspect = picture.size[1] / picture.size[0]
-    if not picture.keeps_aspect and abs(aspect / usual - 1) > _ASPECT:
+    aspect, (least, largest) = picture.size[1] / picture.size[0], usual
+    if not picture.keeps_aspect and not (1 - _ASPECT) * least <= aspect <= (1 + _ASPECT) * largest:
+        known = f"{least:.2f}" if largest - least < 0.01 else f"{least:.2f} to {largest:.2f}"
         raise ConfigError(
-            f"The template '{name}' is {aspect:.2f} wide for 1 high, the good pictures are {usual:.2f}.",
+            f"The template '{name}' is {aspect:.2f} wide for 1 high, the good pictures are {known}.",
             "Crop it to their shape, or fit with --frame pad.",
         )
 

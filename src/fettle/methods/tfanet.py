@@ -36,6 +36,7 @@ from fettle.methods.template_choosing import (
     Gathered,
     PlaceSpread,
     TemplateConfig,
+    aspects_of,
     check_aspect,
     choose_templates,
     look_at_templates,
@@ -60,6 +61,7 @@ from fettle.protocols import (
     Traits,
 )
 from fettle.training import TrainingConfig
+from fettle.training_config import Schedule
 
 _STRIDES = (4, 8, 16)
 _MORE = 2  # stride taken besides, where a pyramid has fewer than two of these
@@ -103,7 +105,7 @@ class TFANetConfig(AggregationConfig, TemplateConfig, TrainingConfig):
     betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     clip: float = Field(default=1.0, ge=0)
-    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
 
     taps: tuple[str, ...] | None = Field(default=None, min_length=1)
     pool_stem: bool = True
@@ -191,7 +193,7 @@ class TFANet(nn.Module):
     channel_deviation: Tensor  # (C, 1, 1)
     place_mean: Tensor  # (1, C, h, w), fused features' mean at each place, for residual "mean"
     units: Tensor  # (2,) of distance and direction, for fusion "calibrated_sum"
-    aspect: Tensor  # width over height of the good pictures' first
+    aspects: Tensor  # least and largest width over height of the good pictures
 
     def __init__(self, backbone: Backbone, config: TFANetConfig, levels: Sequence[str]) -> None:
         super().__init__()
@@ -210,7 +212,7 @@ class TFANet(nn.Module):
         self.register_buffer("channel_deviation", torch.ones(self.channels, 1, 1))
         self.register_buffer("place_mean", torch.zeros(1, self.channels, 0, 0))
         self.register_buffer("units", torch.ones(2))
-        self.register_buffer("aspect", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("aspects", torch.zeros(2, dtype=torch.float64))
         self.scale = EnergyScale()
         # Known during the fit only: what predicting each position's mean costs, and the templates' products.
         self._baseline = 0.0
@@ -309,12 +311,12 @@ class TFANet(nn.Module):
         if not seen.finite:
             raise DataError("Features of good pictures hold NaN or inf.", "Check the backbone's weights.")
         self._set_norm(seen)
-        size = good.framed(paths[0]).size
-        self.aspect.fill_(size[1] / size[0])
+        aspects = aspects_of(good, paths)
+        self.aspects = torch.tensor(aspects, dtype=torch.float64, device=self.aspects.device)
         vectors = torch.cat(means)
         if self.config.feature_norm != "l2":  # of these, unit vectors were averaged
             vectors = self._normed(vectors[:, :, None, None])[:, :, 0, 0]
-        return Gathered(seen, vectors, keys, paths, products)
+        return Gathered(seen, vectors, keys, paths, products, aspects)
 
     def _set_norm(self, seen: FeatureStatistics) -> None:
         """Mean and deviation of each channel over the good pictures' valid positions."""
@@ -408,7 +410,8 @@ class TFANet(nn.Module):
                 if len(self.bank)
                 else "Fit with a template that is a picture.",
             )
-        check_aspect(picture, name, float(self.aspect))
+        least, largest = self.aspects.tolist()
+        check_aspect(picture, name, (least, largest))
         own_product = self.bank.known()[numbers[0]].product
         self.bank.replace(numbers[0], self._new_template(picture, name, own_product))
         self._keep_tokens()

@@ -1,0 +1,157 @@
+"""A refiner by name: F2PAD, and what it competes with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fettle.errors import UsageError, nearest_name
+from fettle.layers.pixel_map import pixel_map
+from fettle.protocols import Json, Method
+from fettle.refine.blur import light_blur
+from fettle.refine.energy import Box
+from fettle.refine.f2pad import Refined, refine_f2pad
+from fettle.refine.facts import RefineFacts
+from fettle.refine.grabcut import grabcut_of_map, have_opencv
+from fettle.refine.guided import guided_map
+from fettle.refine.readout import refined_map
+from fettle.refine.record import RefineRecord
+from fettle.refine.references import References
+from fettle.refine.roi import crop_box, find_roi
+from fettle.refine.settings import F2PADConfig, Lengths, make_f2pad_config
+
+RefinerName = Literal["blur", "guided", "grabcut", "difference", "f2pad"]
+REFINERS: tuple[RefinerName, ...] = get_args(RefinerName)
+_STEP = 16  # px that a window of GrabCut starts at a multiple of
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Sharpens a method's maps. Scores and verdicts stay.
+
+    Attributes:
+        name: "blur" and "guided" are the method's own map with less blur, or filtered along the picture's
+            edges; "grabcut" cuts by colours, seeded by the map; "difference" is F2PAD without an iteration.
+        facts, references: of good pictures.
+        config: of F2PAD. everything: pictures whose verdict is ok, too.
+    """
+
+    name: RefinerName
+    facts: RefineFacts
+    references: References | None
+    config: F2PADConfig
+    everything: bool = False
+
+    def __call__(
+        self, method: Method, views: Tensor, valid: Tensor, base_maps: Tensor, chosen: Sequence[bool]
+    ) -> list[Refined]:
+        """Refine the chosen ones.
+
+        Args:
+            views: (B, 3, H, W) in 0..1. valid: (B, 1, H, W) bool. base_maps: (B, H, W), the method's own.
+        """
+        if self.name in ("f2pad", "difference"):
+            facts = self.facts.with_references(self.references)
+            return refine_f2pad(method, views, valid, base_maps, facts, self.config, chosen=chosen)
+        rows = zip(views, valid, base_maps, chosen, strict=True)
+        return [self._one(method, *(part[None] for part in row[:3]), chosen=row[3]) for row in rows]
+
+    @torch.no_grad()
+    def _one(self, method: Method, view: Tensor, valid: Tensor, base: Tensor, *, chosen: bool) -> Refined:
+        if not chosen:
+            return Refined(base[0], None, None, RefineRecord(refined="gate", gate_reason="verdict_ok"))
+        start = time.perf_counter()
+        z = method.patch_energy(view, valid).float()
+        refined = (
+            self._cut(z, view, valid, base)
+            if self.name == "grabcut"
+            else Refined(self._lighter(z, view, valid), None, None, RefineRecord(refined="yes", applied=True))
+        )
+        seconds = {"seconds": time.perf_counter() - start}
+        return refined._replace(record=refined.record.model_copy(update=seconds))
+
+    def _lighter(self, z: Tensor, view: Tensor, valid: Tensor) -> Tensor:
+        """The map with less blur in the base map's unit, (H, W), 0 where not valid."""
+        if self.name == "guided":
+            scale, found = self.facts.lighter["guided"], guided_map(z, view, valid)
+        else:
+            scale, found = self.facts.lighter["blur"], light_blur(z, valid)
+        return torch.where(valid[0, 0], scale.factor * found[0] + scale.offset, 0)
+
+    def _cut(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor) -> Refined:
+        height, width = view.shape[-2:]
+        lengths = Lengths(self.config, height, width)
+        pixel_z = pixel_map(z, valid, 0)[0].cpu().numpy()
+        roi = find_roi(
+            pixel_z,
+            valid[0, 0].cpu().numpy(),
+            high=self.facts.roi_high,
+            low=self.config.roi_low,
+            rel=self.config.roi_rel,
+            dilate=lengths.dilate,
+        )
+        if not roi.mask.any():
+            return Refined(base[0], None, None, RefineRecord(refined="empty_roi"))
+        box = crop_box(
+            roi.mask, margin=lengths.margin, least=lengths.crop_side, multiple=2 * _STEP, step=_STEP
+        )
+        place = (box or Box(0, 0, height, width)).window
+        pixels = (view[0] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        found = grabcut_of_map(pixels[place], pixel_z[place], roi.mask[place])
+        known = {"roi_pixels": int(roi.mask.sum()), "crop": (box.top, box.left, box.height) if box else False}
+        if found is None or not found.any():
+            gate = RefineRecord(refined="gate", gate_reason="insufficient").model_copy(update=known)
+            return Refined(base[0], None, None, gate)
+        mask = np.zeros((height, width), np.float32)
+        mask[place] = found
+        soft = torch.from_numpy(mask).to(base.device)
+        record = RefineRecord(refined="yes", applied=True).model_copy(update=known)
+        return Refined(
+            refined_map(base[0], soft, self.facts.peak), soft, torch.ones_like(soft, dtype=torch.bool), record
+        )
+
+    def describe(self) -> dict[str, Json]:
+        """For a run's card."""
+        return {
+            "name": self.name,
+            "all": self.everything,
+            "facts_measured": self.facts.measured,
+            "references": 0 if self.references is None else len(self.references.pixels),
+            "settings": self.config.model_dump(mode="json"),
+        }
+
+
+def make_refiner(
+    name: str,
+    facts: RefineFacts,
+    references: References | None,
+    *,
+    everything: bool = False,
+    preset: str = "compact",
+    settings: Mapping[str, object] | None = None,
+) -> Refiner:
+    """A refiner of this name.
+
+    Raises:
+        UsageError: no such name, or OpenCV is not installed and it needs that.
+        ConfigError: a setting that F2PAD does not have, or a value that it does not take.
+    """
+    if name not in REFINERS:
+        raise UsageError(f"There is no refiner '{name}'.", nearest_name(name, ("none", *REFINERS)))
+    if name == "grabcut" and not have_opencv():
+        raise UsageError("GrabCut needs OpenCV, which is not installed.", "Run pip install 'fettle[refine]'.")
+    fixed = {"blur": tuple(settings or ()), "guided": tuple(settings or ()), "difference": ("iters",)}
+    for field in settings or {}:
+        if field in fixed.get(name, ()):
+            raise UsageError(f"The refiner '{name}' takes no '{field}'.", "It is a field of f2pad.")
+    config = make_f2pad_config(preset, settings or {})
+    if name == "difference":
+        config = config.model_copy(update={"iters": 0})
+    own = next(known for known in REFINERS if known == name)
+    return Refiner(own, facts, references, config, everything)
