@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from fettle.bench import pasted
-from fettle.bench.pasted import paste_defects
+from fettle.bench import drawn, pasted
+from fettle.bench.drawn import KINDS, draw_defect
+from fettle.bench.pasted import Pasted, paste_defects
 from fettle.datasets.records import Dataset
 
 
@@ -24,6 +26,32 @@ def pasted_layout(good: Sequence[Path], name: str) -> Path:
     Two thirds of the good pictures are to be learnt from. The others, and the same ones with a defect pasted
     in, are its test part.
     """
+
+    def defects(held_out: list[NDArray[np.uint8]]) -> list[tuple[str, Pasted]]:
+        return [("pasted", one) for one in paste_defects(held_out, seed=0)]
+
+    return _without_real_defects(f"pasted-{name}", good, defects)
+
+
+def drawn_layout(good: Sequence[Path], name: str) -> Path:
+    """As `pasted_layout`, with scratches, stains and foreign fillings in turn (`bench.drawn`)."""
+
+    def defects(held_out: list[NDArray[np.uint8]]) -> list[tuple[str, Pasted]]:
+        kinds = [KINDS[number % len(KINDS)] for number in range(len(held_out))]
+        return [
+            (kind, draw_defect(picture, kind, np.random.default_rng([0, number])))
+            for number, (kind, picture) in enumerate(zip(kinds, held_out, strict=True))
+        ]
+
+    return _without_real_defects(f"drawn-{name}", good, defects)
+
+
+def _without_real_defects(
+    name: str,
+    good: Sequence[Path],
+    defects: Callable[[list[NDArray[np.uint8]]], list[tuple[str, Pasted]]],
+) -> Path:
+    """Two thirds of the good pictures to learn from; the others, and the same ones with defects, to test."""
     paths = sorted(good)
 
     def fill(layout: Path) -> None:
@@ -31,11 +59,11 @@ def pasted_layout(good: Sequence[Path], name: str) -> Path:
             part = "train" if number % 3 else "test"
             _save(layout / part / "good", path.stem, Image.open(path).convert("RGB"))
         held_out = [np.asarray(Image.open(path).convert("RGB")) for path in paths[::3]]
-        for path, one in zip(paths[::3], paste_defects(held_out, seed=0), strict=True):
-            _save(layout / "test" / "pasted", path.stem, Image.fromarray(one.picture))
-            _save(layout / "ground_truth" / "pasted", f"{path.stem}_mask", Image.fromarray(one.mask))
+        for path, (kind, one) in zip(paths[::3], defects(held_out), strict=True):
+            _save(layout / "test" / kind, path.stem, Image.fromarray(one.picture))
+            _save(layout / "ground_truth" / kind, f"{path.stem}_mask", Image.fromarray(one.mask))
 
-    return _made_once(f"pasted-{name}", paths, fill)
+    return _made_once(name, paths, fill)
 
 
 def turned_layout(dataset: Dataset, name: str) -> Path:
@@ -61,7 +89,7 @@ def _turned(path: Path, quarters: int) -> Image.Image:
 
 def _made_once(name: str, paths: Sequence[Path], fill: Callable[[Path], None]) -> Path:
     """A folder that `fill` fills, or has filled before, from these pictures and with the present code."""
-    sources = [inspect.getsource(module) for module in (sys.modules[__name__], pasted)]
+    sources = [inspect.getsource(module) for module in (sys.modules[__name__], pasted, drawn)]
     version = hashlib.sha256("\n".join([*sources, *map(str, paths)]).encode()).hexdigest()[:12]
     finished = Path(tempfile.gettempdir()) / f"fettle-{name}-{version}"
     if finished.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fettle.bench.layouts import pasted_layout, turned_layout
+from fettle.bench.layouts import drawn_layout, pasted_layout, turned_layout
 from fettle.datasets.open import open_dataset
 from fettle.datasets.products import merge_datasets
 from fettle.datasets.records import Dataset
@@ -19,12 +19,13 @@ REAL_PRODUCTS = {
 }
 ALL = "real"
 PASTED = "pasted_"
+DRAWN = "drawn_"
 TURNED = "turned_"
 
 
 def open_real(name: str) -> Dataset:
-    """A product by name; "real" for all of them; "pasted_NAME" without a real defect; "turned_NAME" in four
-    orientations.
+    """A product by name; "real" for all of them; "pasted_NAME" or "drawn_NAME" without a real defect;
+    "turned_NAME" in four orientations.
 
     Raises:
         UsageError: FETTLE_DATA is not set.
@@ -37,6 +38,9 @@ def open_real(name: str) -> Dataset:
     if name.startswith(PASTED):
         product = name.removeprefix(PASTED)
         return open_dataset(pasted_layout([r.path for r in open_real(product).good_for_training()], product))
+    if name.startswith(DRAWN):
+        product = name.removeprefix(DRAWN)
+        return open_dataset(drawn_layout([r.path for r in open_real(product).good_for_training()], product))
     if name.startswith(TURNED):
         product = name.removeprefix(TURNED)
         return open_dataset(turned_layout(open_real(product), product))

@@ -1,0 +1,76 @@
+"""Refine pictures by several refiners and measure each, in the two ways that they are used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from fettle.datasets.records import Record
+from fettle.detector import Detector
+from fettle.evaluation import Evaluation
+from fettle.images.decode import read_mask
+from fettle.inspection import Inspection, Verdict
+from fettle.labelled_run import promise_of
+from fettle.protocols import Json
+
+KEYS = (
+    *("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro", "iou", "iou_pooled", "boundary_f", "hd95"),
+    *("hd95_median", "empty_predictions", "num_good", "num_defective", "seconds_per_refined_image"),
+)
+BY_DEFECT = ("num_defective", "pixel_ap", "aupro", "iou", "boundary_f", "hd95")
+
+
+def refine_and_measure(
+    detector: Detector, records: Sequence[Record], arms: Mapping[str, tuple[str, Mapping[str, object]]]
+) -> dict[str, Json]:
+    """Figures by arm and mode: "all" refines every picture, "gated" those whose verdict is not ok.
+
+    Args:
+        records: labelled pictures, good ones too.
+        arms: a refiner's name and the fields to change, by the arm's name.
+    """
+    found: dict[str, Json] = {}
+    base = {record.path: _inspect(detector, record, "none", {}) for record in records}
+    for arm, (refiner, fields) in arms.items():
+        evaluations = {mode: _evaluation(detector) for mode in ("all", "gated")}
+        states: Counter[str] = Counter()
+        for record in records:
+            plain = base[record.path]
+            refined = plain if refiner == "none" else _inspect(detector, record, refiner, fields)
+            if refined is None or plain is None:
+                continue
+            if refined.refinement is not None:
+                state, reason = refined.refinement["refined"], refined.refinement.get("gate_reason")
+                states[f"{state} {reason}" if reason else str(state)] += not record.is_good
+            mask = None
+            if record.mask is not None:
+                mask = read_mask(record.mask, refined.anomaly_map.shape)[0]
+            evaluations["all"].update(refined, record.defect, mask)
+            as_used = plain if plain.verdict is Verdict.OK else refined
+            evaluations["gated"].update(as_used, record.defect, mask)
+        modes: dict[str, Json] = {}
+        for mode, evaluation in evaluations.items():
+            result = evaluation.compute(0.0)
+            by_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
+            modes[mode] = {
+                **{key: result[key] for key in KEYS},
+                "per_defect": {name: {key: own[key] for key in BY_DEFECT} for name, own in by_defect.items()},
+                **({"states": dict(states)} if mode == "all" else {}),
+            }
+        found[arm] = modes
+    return found
+
+
+def _evaluation(detector: Detector) -> Evaluation:
+    calibration = detector.calibration
+    return Evaluation(promise_of(calibration), boundaries=True, pixel_threshold=calibration.pixel_threshold)
+
+
+def _inspect(
+    detector: Detector, record: Record, refiner: str, fields: Mapping[str, object]
+) -> Inspection | None:
+    """The answer for one picture, whatever its verdict; None where it was refused."""
+    made = detector.refiner(refiner, everything=True, settings=fields)
+    (answer,) = detector.inspect([record.path], refine=made)
+    return answer if isinstance(answer, Inspection) else None
