@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -174,3 +175,113 @@ def test_map_that_is_nan_is_refused() -> None:
     own = np.full((16, 16), np.nan, np.float32)
     with pytest.raises(MetricError):
         Evaluation(NO_PROMISE).update(inspection(0.5, anomaly_map=own), "good", None)
+
+
+# --- boundaries
+
+
+BOUNDARY_KEYS = ("iou", "iou_pooled", "boundary_f", "hd95", "hd95_median", "empty_predictions")
+ADDED = {*BOUNDARY_KEYS, "pixel_threshold", "seconds_per_refined_image"}
+
+
+def in_64(rows: slice, columns: slice, value: float = 1.0) -> NDArray[np.float32]:
+    own = np.zeros((64, 64), np.float32)
+    own[rows, columns] = value
+    return own
+
+
+SQUARE = in_64(slice(20, 30), slice(20, 30)) > 0
+SHIFTED = in_64(slice(20, 30), slice(23, 33))  # IoU 7 / 13, boundary F 0.6111, Hausdorff 3
+
+
+def with_boundaries(pixel_threshold: float | None = 0.5) -> Evaluation:
+    return Evaluation(NO_PROMISE, boundaries=True, pixel_threshold=pixel_threshold)
+
+
+def test_boundaries_are_measured_where_the_map_is_above_the_threshold() -> None:
+    """Golden values of one square and its shifted twin, and of a prediction that is empty."""
+    evaluation = with_boundaries()
+    evaluation.update(inspection(1.0, anomaly_map=0.7 * SHIFTED), "dent", SQUARE)
+    evaluation.update(inspection(1.0, anomaly_map=0.4 * SHIFTED), "stain", SQUARE)
+    evaluation.update(inspection(0.1, anomaly_map=0.7 * SHIFTED), "good", None)
+    result = evaluation.compute(1.0)
+    diagonal = 64 * 2**0.5
+    assert result["iou"] == pytest.approx(7 / 13 / 2)
+    assert result["iou_pooled"] == pytest.approx(70 / 230)
+    assert result["boundary_f"] == pytest.approx(0.6111111 / 2)
+    assert result["hd95"] == result["hd95_median"] == pytest.approx((3 + diagonal) / 2)
+    assert (result["empty_predictions"], result["pixel_threshold"]) == (1, 0.5)
+    assert result["seconds_per_refined_image"] is None
+    per_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
+    assert [per_defect[name]["iou"] for name in ("dent", "stain")] == [pytest.approx(7 / 13), 0.0]
+    assert [per_defect[name]["hd95"] for name in ("dent", "stain")] == [3.0, pytest.approx(diagonal)]
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_refiners_mask_is_measured_instead() -> None:
+    """It is the labelled square, and the map says otherwise; with no threshold at all, too."""
+    for threshold in (0.5, None):
+        evaluation = with_boundaries(threshold)
+        one = replace(inspection(1.0, anomaly_map=SHIFTED), soft=0.6 * SQUARE.astype(np.float32))
+        evaluation.update(one, "dent", SQUARE)
+        result = evaluation.compute(1.0)
+        assert (result["iou"], result["boundary_f"], result["hd95"]) == (1.0, 1.0, 0.0)
+        assert result["pixel_threshold"] == threshold
+
+
+def test_without_a_threshold_nothing_is_marked() -> None:
+    evaluation = with_boundaries(None)
+    evaluation.update(inspection(1.0, anomaly_map=SHIFTED), "dent", SQUARE)
+    result = evaluation.compute(1.0)
+    assert (result["iou"], result["empty_predictions"], result["pixel_threshold"]) == (0.0, 1, None)
+
+
+def test_boundaries_are_cut_by_the_region_of_interest() -> None:
+    valid = np.ones((64, 64), bool)
+    valid[:, 30:] = False
+    evaluation = with_boundaries()
+    evaluation.update(inspection(1.0, anomaly_map=SHIFTED, valid=valid), "dent", SQUARE)
+    outside = inspection(1.0, anomaly_map=SHIFTED, valid=~SQUARE & valid)
+    evaluation.update(outside, "dent", SQUARE)  # a defect outside is no defect
+    result = evaluation.compute(1.0)
+    assert result["iou"] == result["iou_pooled"] == pytest.approx(0.7)
+    assert result["num_defective"] == 2
+
+
+def test_refined_pictures_alone_are_in_their_mean_time() -> None:
+    evaluation = with_boundaries()
+    for i, seconds in enumerate((None, 0.25, 0.75)):
+        times = {"compute": 9.0} if seconds is None else {"compute": 9.0, "refine": seconds}
+        one = replace(inspection(1.0, anomaly_map=SHIFTED), seconds=times)
+        evaluation.update(one, "good" if i == 1 else "dent", None if i == 1 else SQUARE)
+    assert evaluation.compute(1.0)["seconds_per_refined_image"] == pytest.approx(0.5)
+
+
+def test_what_no_picture_gives_is_null() -> None:
+    evaluation = with_boundaries()
+    evaluation.update(inspection(0.1), "good", None)
+    evaluation.update(inspection(0.9), "dent", None)
+    result = evaluation.compute(1.0)
+    per_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
+    for values in (result, per_defect["dent"]):
+        assert [values[key] for key in BOUNDARY_KEYS[:-1]] == [None] * 5
+
+
+def test_boundaries_come_only_where_they_are_asked_for() -> None:
+    plain, more = Evaluation(NO_PROMISE), with_boundaries()
+    for evaluation in (plain, more):
+        evaluation.update(inspection(1.0, anomaly_map=SHIFTED, path="a.png"), "dent", SQUARE)
+    without, found = plain.compute(1.0), more.compute(1.0)
+    assert set(found) - set(without) == ADDED
+    assert {key: found[key] for key in without if key != "per_defect"} == {
+        key: value for key, value in without.items() if key != "per_defect"
+    }
+
+
+def test_a_refused_picture_changes_no_boundary() -> None:
+    evaluation, plain = with_boundaries(), with_boundaries()
+    for one in (evaluation, plain):
+        one.update(inspection(1.0, anomaly_map=SHIFTED), "dent", SQUARE)
+    with pytest.raises(MetricError, match=r"wrong\.png"):
+        evaluation.update(inspection(1.0, anomaly_map=SHIFTED, path="wrong.png"), "dent", SQUARE[:32])
+    assert evaluation.compute(1.0) == plain.compute(1.0)

@@ -42,6 +42,16 @@ def test_warmup_rises_linearly_from_one_nth() -> None:
     assert found[10:] == [1.0] * 190
 
 
+def test_stages_have_the_published_rates() -> None:
+    """CFLOW-AD: 25 stages, the first two rising from a tenth to where the cosine is at the third."""
+    found = rates(TrainingConfig(lr=2e-4, schedule="stages", warmup=0.5), 25 * 8)
+    assert found[0] == pytest.approx(2e-5)
+    assert found[15] == pytest.approx(2e-5 + (1.968615e-4 - 2e-5) * 15 / 16, rel=1e-5)
+    assert found[16] == found[23] == pytest.approx(1.968615e-4, rel=1e-6)
+    assert found[12 * 8] == pytest.approx(1.0637e-4, rel=1e-4)
+    assert found[24 * 8] == found[-1] == pytest.approx(9.877e-7, rel=1e-3)
+
+
 def test_cosine_falls_from_the_full_rate_to_zero() -> None:
     found = rates(TrainingConfig(lr=1.0, schedule="cosine", warmup=0.1), 100)
     assert found[10] == 1.0

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fettle.backbones import registry as backbones
 from fettle.calibration import Calibration, RegionRules
 from fettle.datasets.open import open_dataset
 from fettle.datasets.products import open_products
@@ -22,21 +21,23 @@ from fettle.gathering import GatheredPictures, gather_good
 from fettle.images.framing import Frame
 from fettle.inspecting import Inspected, Inspector
 from fettle.inspection import ComparedWith, Inspection, Refusal
-from fettle.judging import Calibrations
+from fettle.judged import Calibrations
 from fettle.labelled_run import LabelledRun
 from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
+from fettle.model_parts import pack, unpack
 from fettle.protocols import (
-    BackboneSpec,
     Explains,
     Json,
-    Level,
     Method,
     Progress,
     no_progress,
     no_words,
 )
 from fettle.recalibrating import GivenTemplate, recalibrate
+from fettle.refine.facts import stand_in_facts
+from fettle.refine.refiner import Refiner, make_refiner
+from fettle.refining import ForRefiners
 from fettle.templates import shown_templates
 
 __all__ = ["Detector", "Inspected"]
@@ -54,6 +55,7 @@ class Detector:
         card: the model card: data, weights, seeds, versions, fit facts, fallbacks.
         fold_methods: with cross calibration, the folds' models, which decide the verdict.
         product_calibrations: thresholds by product, for a model of many products; else empty.
+        for_refiners: what refiners know of good pictures; None: the model was fitted without.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Detector:
         device: str,
         fold_methods: Sequence[Method] = (),
         product_calibrations: Mapping[str, Calibration] | None = None,
+        for_refiners: ForRefiners | None = None,
     ) -> None:
         self.method = method
         self.fold_methods = tuple(fold_methods)
@@ -73,6 +76,7 @@ class Detector:
         self.card = dict(card)
         self.device = device
         self.product_calibrations = dict(product_calibrations or {})
+        self.for_refiners = for_refiners
 
     @classmethod
     def fit(
@@ -98,15 +102,20 @@ class Detector:
         request = make_request(settings)
         if request.multi_class and isinstance(good, Path | str):
             good = open_products(Path(good), request.products)
-        parts = fit_parts(_good_records(good), request, progress, say)
+        return cls.of(fit_parts(_good_records(good), request, progress, say), request.device)
+
+    @classmethod
+    def of(cls, parts: FittedParts, device: str) -> Detector:
+        """From its parts, which are on the device already."""
         return cls(
             parts.method,
             parts.frame,
             parts.calibrations.shared,
             parts.card,
-            request.device,
+            device,
             parts.fold_methods,
             parts.calibrations.by_product,
+            parts.for_refiners,
         )
 
     @property
@@ -179,12 +188,44 @@ class Detector:
         """The good pictures that the method compares others with; none where it compares with none."""
         return shown_templates(self.method)
 
+    def refiner(
+        self, name: str, *, everything: bool = False, settings: Mapping[str, object] | None = None
+    ) -> Refiner | None:
+        """What sharpens this model's maps; None for "none".
+
+        Args:
+            name: "f2pad", "difference", "grabcut", "guided", "blur" or "none", see `refine.refiner`.
+            everything: pictures whose verdict is ok, too.
+            settings: fields of `refine.settings.F2PADConfig` to change.
+
+        Raises:
+            UsageError: no such refiner, or OpenCV is not installed and it needs that.
+            ConfigError: a setting that F2PAD does not have, or a value that it does not take.
+        """
+        if name == "none":
+            return None
+        facts, references = self.for_refiners or (stand_in_facts(self.calibration.pixel_threshold), None)
+        return make_refiner(name, facts, references, everything=everything, settings=settings)
+
     def inspect(
-        self, paths: Iterable[Path | str], *, product: str = "", batch_size: int = 8
+        self,
+        paths: Iterable[Path | str],
+        *,
+        product: str = "",
+        batch_size: int = 8,
+        refine: str | Refiner | None = None,
     ) -> Iterator[Inspection | Refusal]:
-        """Inspect pictures in their order. A picture that cannot be read comes as a `Refusal`."""
+        """Inspect pictures in their order. A picture that cannot be read comes as a `Refusal`.
+
+        Args:
+            refine: name of a refiner, or one made by `refiner`; by name it takes pictures whose verdict is
+                review or reject.
+        """
         items = (Path(path) for path in paths)
-        for answer in self.inspect_items(items, lambda p: p, product=product, batch_size=batch_size):
+        refiner = self.refiner(refine) if isinstance(refine, str) else refine
+        for answer in self.inspect_items(
+            items, lambda p: p, product=product, batch_size=batch_size, refiner=refiner
+        ):
             yield answer.inspection if isinstance(answer, Inspected) else answer[1]
 
     def inspect_items(
@@ -196,6 +237,7 @@ class Detector:
         batch_size: int = 8,
         rules: RegionRules | None = None,
         explain: bool = False,
+        refiner: Refiner | None = None,
     ) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
         """As `inspect`, with the item and the decoded picture beside each answer.
 
@@ -204,12 +246,14 @@ class Detector:
         Args:
             explain: with the method's inner view beside each answer, for one more pass of the network; of a
                 picture in tiles, that of the tile with the highest score.
+            refiner: made by `refiner`; None: maps stay as they are.
 
         Raises:
             UsageError: an unknown product, or a method that cannot explain.
         """
         self.calibration_of(product)  # a wrong name is refused now
-        return self._inspector(path_of, lambda item: product, batch_size, rules, explain).inspect(items)
+        inspector = self._inspector(path_of, lambda item: product, batch_size, rules, explain, refiner)
+        return inspector.inspect(items)
 
     def _inspector(
         self,
@@ -218,6 +262,7 @@ class Detector:
         batch_size: int = 8,
         rules: RegionRules | None = None,
         explain: bool = False,
+        refiner: Refiner | None = None,
     ) -> Inspector[Item]:
         return Inspector(
             methods=(self.method, *self.fold_methods),
@@ -229,6 +274,7 @@ class Detector:
             batch_size=batch_size,
             rules=rules or RegionRules(),
             explainer=self.explainer() if explain else None,
+            refiner=refiner,
         )
 
     def evaluate(
@@ -240,6 +286,8 @@ class Detector:
         each: Callable[[Inspected[Record], NDArray[np.bool_] | None], None] | None = None,
         refused: Callable[[Record, Refusal], None] | None = None,
         explain: bool = False,
+        refiner: Refiner | None = None,
+        boundaries: bool = False,
     ) -> dict[str, Json]:
         """Metrics on the test part of a labelled data set (keys: metrics.md section 7).
 
@@ -251,6 +299,8 @@ class Detector:
             each: called with every answer and its mask, e.g. to write them down.
             refused: called with every record that could not be used.
             explain: `each` gets the method's inner view too, as from `inspect_items`.
+            refiner: made by `refiner`; figures of pixels are then those of refined maps.
+            boundaries: with IoU, boundary F and Hausdorff-95 too; a refiner brings them.
         """
         dataset = labelled if isinstance(labelled, Dataset) else self.open_labelled(Path(labelled), product)
         records = [r for r in dataset.for_testing() if not product or r.product == product]
@@ -266,11 +316,12 @@ class Detector:
             (lambda record: record.product) if self.product_calibrations else (lambda record: product)
         )
         run = LabelledRun(
-            self._inspector(lambda record: record.path, product_of, explain=explain),
+            self._inspector(lambda record: record.path, product_of, explain=explain, refiner=refiner),
             frozenset(cast("list[str]", self.card.get("picture_keys", []))),
             progress,
             each,
             refused,
+            boundaries=boundaries or refiner is not None,
         )
         if several:
             return run.evaluate_products(records, self.calibration, self.calibration_of)
@@ -330,9 +381,8 @@ class Detector:
                 self.calibration_of(name)  # an unknown product is refused before the work
             return gathered
 
-        calibrations = Calibrations(self.calibration, self.product_calibrations)
         changed = recalibrate(
-            FittedParts(self.method, (), self.frame, calibrations, self.card),
+            replace(self._parts(), fold_methods=()),
             gather,
             template=None if template is None else GivenTemplate(Path(template), template_product),
             target_frr=target_frr,
@@ -340,36 +390,11 @@ class Detector:
             device=self.device,
             progress=progress,
         )
-        return Detector(
-            changed.method,
-            changed.frame,
-            changed.calibrations.shared,
-            changed.card,
-            self.device,
-            product_calibrations=changed.calibrations.by_product,
-        )
+        return Detector.of(changed, self.device)
 
     def save(self, folder: Path | str) -> None:
         """Write the model atomically: a kill at any moment leaves the old model or the new one."""
-        tensors: dict[str, Mapping[str, torch.Tensor]] = {
-            "backbone": self.method.backbone.state_dict(),
-            "method": _learnt(self.method),
-        }
-        for fold, method in enumerate(self.fold_methods):
-            tensors[f"fold{fold}"] = _learnt(method)
-        content: dict[str, Json] = {
-            "method": self.method.name,
-            "config": self.method.config.model_dump(mode="json"),
-            "levels": list(self.method.levels),
-            "backbone": cast("dict[str, Json]", asdict(self.method.backbone.spec)),
-            "frame": self.frame.model_dump(mode="json"),
-            "calibration": self.calibration.model_dump(mode="json"),
-            "product_calibrations": {
-                name: own.model_dump(mode="json") for name, own in self.product_calibrations.items()
-            },
-            "card": self.card,
-        }
-        write_model(Path(folder), content, tensors)
+        write_model(Path(folder), *pack(self._parts()))
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> Detector:
@@ -379,81 +404,21 @@ class Detector:
             ModelFolderError: the folder is no model, or damaged, altered, too new or unsafe.
         """
         stored = read_model(Path(folder))
-        content = stored.content
         try:
-            method_class = find_method(str(content["method"]))
-            config = method_class.Config.model_validate(content["config"])
-            levels = tuple(cast("list[str]", content["levels"]))
-            spec = _backbone_spec(cast("dict[str, object]", content["backbone"]))
-            if not all(spec.level(name) for name in levels):
-                raise ValueError(f"its backbone has no levels {levels}")
-            frame = Frame.model_validate(content["frame"])
-            calibration = Calibration.model_validate(content["calibration"])
-            by_product = {
-                name: Calibration.model_validate(own)
-                for name, own in cast("dict[str, object]", content.get("product_calibrations", {})).items()
-            }
-            card = content["card"]
-            if not isinstance(card, dict):
-                raise TypeError("its card is no object")
-            backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
-            num_folds = sum(part.startswith("fold") for part in stored.tensors)
-            parts = ["method", *(f"fold{number}" for number in range(num_folds))]
-            methods = [method_class(backbone, config, levels) for _ in parts]
-            for method, part in zip(methods, parts, strict=True):
-                _load_learnt(cast(torch.nn.Module, method), stored.tensors[part])
-                cast(torch.nn.Module, method).eval()  # a method may then compute with what it learnt
+            parts = unpack(stored)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFolderError(
                 f"The model {folder} is damaged: {error}.", "Fit it again, or restore it from a copy."
             ) from error
-        for method in methods:
+        for method in (parts.method, *parts.fold_methods):
             cast(torch.nn.Module, method).to(device).eval()
-        return cls(methods[0], frame, calibration, card, device, methods[1:], by_product)
+        return cls.of(parts, device)
 
-
-def _learnt(method: Method) -> dict[str, torch.Tensor]:
-    """What a method learnt, without its backbone; trained weights in what the configuration says."""
-    state = {name: t for name, t in method.state_dict().items() if not name.startswith("backbone.")}
-    if getattr(method.config, "stored", "fp32") == "fp16":  # they were rounded as the training ended
-        trained = {name for name, p in cast(torch.nn.Module, method).named_parameters() if p.requires_grad}
-        state |= {name: tensor.half() for name, tensor in state.items() if name in trained}
-    return state
-
-
-def _load_learnt(method: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Set what a method learnt. Buffers take the stored shape, since a memory's size is learnt too, and so do
-    parameters that have no rows yet."""
-    own = {name for name in method.state_dict() if not name.startswith("backbone.")}
-    if own != set(state):
-        raise ValueError(f"its tensors are {sorted(state)}, not {sorted(own)}")
-    buffers = dict(method.named_buffers())
-    for name, tensor in state.items():
-        place, _, last = name.rpartition(".")
-        module = method.get_submodule(place)
-        if name in buffers:
-            if (tensor.dtype, tensor.ndim) != (buffers[name].dtype, buffers[name].ndim):
-                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-            setattr(module, last, tensor)
-            continue
-        parameter = getattr(module, last)
-        if (
-            parameter.numel() == 0
-            and parameter.ndim == tensor.ndim
-            and parameter.shape[-1] == tensor.shape[-1]
-        ):
-            # of a grid that was not known yet
-            parameter.data = tensor.to(parameter.dtype)
-        elif parameter.shape == tensor.shape:
-            parameter.data.copy_(tensor)
-        else:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
-
-
-def _backbone_spec(fields: Mapping[str, object]) -> BackboneSpec:
-    levels = tuple(Level(**level) for level in cast("list[dict[str, object]]", fields["levels"]))  # type: ignore[arg-type]  # checked by use
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "levels"}
-    return BackboneSpec(levels=levels, **rest)  # type: ignore[arg-type]  # a wrong field raises TypeError
+    def _parts(self) -> FittedParts:
+        calibrations = Calibrations(self.calibration, self.product_calibrations)
+        return FittedParts(
+            self.method, self.fold_methods, self.frame, calibrations, self.card, self.for_refiners
+        )
 
 
 def _good_records(good: Path | str | Dataset | Sequence[Path]) -> Dataset:

@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from fettle.errors import MetricError
 from fettle.inspection import Inspection, Verdict
+from fettle.metrics.boundary import BoundaryMetrics, BoundaryScores
 from fettle.metrics.overlap import PerImageOverlap
 from fettle.metrics.pixel import PixelMetrics
 from fettle.metrics.pixel_scores import PixelScores
 from fettle.metrics.ranking import GOOD, ImageScores, image_metrics
 from fettle.metrics.rates import consistency_p_value, measured_rate
 from fettle.protocols import Json
+
+_BOUNDARY_KEYS = ("iou", "iou_pooled", "boundary_f", "hd95", "hd95_median", "empty_predictions")
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,21 @@ class Promise:
 
 
 class Evaluation:
-    """Takes inspections with their truth, one at a time, and computes every metric at the end."""
+    """Takes inspections with their truth, one at a time, and computes every metric at the end.
 
-    def __init__(self, promise: Promise) -> None:
+    Args:
+        promise: what the calibration promised.
+        boundaries: with the metrics of boundaries too (metrics.md section 4).
+        pixel_threshold: for these; None: nothing is marked but what a refiner marks.
+    """
+
+    def __init__(
+        self, promise: Promise, *, boundaries: bool = False, pixel_threshold: float | None = None
+    ) -> None:
         self._promise = promise
+        self._threshold = pixel_threshold
+        self._boundaries = BoundaryMetrics() if boundaries else None
+        self._refine_seconds: list[float] = []
         self._scores: list[float] = []
         self._defects: list[str] = []
         self._verdicts: list[Verdict] = []
@@ -62,6 +76,13 @@ class Evaluation:
             self._overlap.add_good(inspection.anomaly_map, inspection.valid)
         elif mask is not None:
             self._overlap.add_defective(inspection.path, inspection.anomaly_map, mask, inspection.valid)
+            if self._boundaries is not None and (mask & inspection.valid).any():
+                marks = inspection.marks(math.inf if self._threshold is None else self._threshold)
+                self._boundaries.update(
+                    marks, mask, defect=defect, path=inspection.path, valid=inspection.valid
+                )
+        if "refine" in inspection.seconds:
+            self._refine_seconds.append(inspection.seconds["refine"])
         self._paths[inspection.path] = None
         self._scores.append(inspection.score)
         self._defects.append(defect)
@@ -77,12 +98,14 @@ class Evaluation:
         pixels = self._pixels.compute()
         overlap = self._overlap.compute()
         good = [v for v, d in zip(self._verdicts, self._defects, strict=True) if d == GOOD]
+        boundaries = None if self._boundaries is None else self._boundaries.compute()
         per_defect: dict[str, Json] = {
             name: {
                 **_image_keys(images.per_defect[name]),
                 **_pixel_keys(pixels.per_defect[name]),
                 "aupimo": overlap.mean(self._paths_of(name)),
                 **self._escapes(name),
+                **(_boundary_keys(boundaries.per_defect.get(name)) if boundaries else {}),
             }
             for name in images.per_defect
         }
@@ -92,6 +115,7 @@ class Evaluation:
             "aupimo": overlap.mean(),
             **self._good_rates(good),
             **self._escapes(None),
+            **(self._refined_keys(boundaries) if boundaries else {}),
             "num_good": len(good),
             "num_defective": len(self._defects) - len(good),
             "pictures_without_mask": pixels.pictures_without_mask,
@@ -104,6 +128,14 @@ class Evaluation:
             },
             "seconds_per_image": seconds / len(self._scores) if self._scores else None,
             "per_defect": per_defect,
+        }
+
+    def _refined_keys(self, boundaries: BoundaryScores) -> dict[str, Json]:
+        times = self._refine_seconds
+        return {
+            **_boundary_keys(boundaries),
+            "pixel_threshold": self._threshold,
+            "seconds_per_refined_image": sum(times) / len(times) if times else None,
         }
 
     def _paths_of(self, name: str) -> set[str]:
@@ -159,6 +191,12 @@ def _pixel_keys(scores: PixelScores) -> dict[str, Json]:
         "aupro_005": scores.aupro_005,
         "num_regions": scores.num_regions,
     }
+
+
+def _boundary_keys(scores: BoundaryScores | None) -> dict[str, Json]:
+    if scores is None:  # none of the pictures has a mask
+        return dict.fromkeys(_BOUNDARY_KEYS)
+    return {key: getattr(scores, key) for key in _BOUNDARY_KEYS}
 
 
 def _pair(interval: tuple[float, float] | None) -> Json:

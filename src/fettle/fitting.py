@@ -24,9 +24,12 @@ from fettle.errors import UsageError, nearest_name
 from fettle.gathering import gather_good
 from fettle.images.decode import read_mask
 from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_frame
-from fettle.judging import CalibrationMode, Calibrations, Fitter, calibrate_judged
+from fettle.judged import Calibrations, calibrate_judged
+from fettle.judging import CalibrationMode, Fitter
 from fettle.methods.registry import find_method, make_config
 from fettle.protocols import Json, Method, Progress, Run, Templated
+from fettle.refine.references import MAX_REFERENCES
+from fettle.refining import ForRefiners, learn_for_refiners, raw_scale
 from fettle.templates import judge_templates
 from fettle.training import TrainingConfig, process_device
 
@@ -53,6 +56,7 @@ class FitRequest(BaseModel):
             cache folder. cache_mib: bound on it; 0 switches it off.
         training_dir: folder in which a training keeps its state to be resumed; None: nowhere.
         log_dir: folder for a TensorBoard log.
+        refine_refs: good pictures that the model keeps for refiners to fill defects from; 0: none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -81,6 +85,7 @@ class FitRequest(BaseModel):
     cache_mib: int = Field(default=8192, ge=0)
     training_dir: Path | None = None
     log_dir: Path | None = None
+    refine_refs: int = Field(default=32, ge=0, le=MAX_REFERENCES)
 
     def run(self, progress: Progress, say: Callable[[str], None]) -> Run:
         """The circumstances of the fit. Half the memory is the method's, half keeps features."""
@@ -135,6 +140,7 @@ class FittedParts:
     frame: Frame
     calibrations: Calibrations
     card: dict[str, Json]
+    for_refiners: ForRefiners | None
 
 
 def fit_parts(
@@ -206,6 +212,16 @@ def fit_parts(
     )
     products = [product_of.get(key, "") for key in judged.keys]
     templates = judge_templates(method, judged.scores, products, run.device)
+    for_refiners = learn_for_refiners(
+        good.pictures,
+        judged,
+        calibrations.shared,
+        frame,
+        num_references=request.refine_refs,
+        generator=run.generator("refine/noise floor"),
+        progress=progress,
+        scale=raw_scale(judged),
+    )
     refused = good.refused + fitter.refusals
     card: dict[str, Json] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -229,7 +245,7 @@ def fit_parts(
         "warnings": [*judged.record.warnings, *templates.warnings, *_product_warnings(dataset, request)],
         "promise": " ".join(calibrations.shared.sentences()),
     }
-    return FittedParts(method, judged.fold_methods, frame, calibrations, card)
+    return FittedParts(method, judged.fold_methods, frame, calibrations, card, for_refiners)
 
 
 def _check_request(request: FitRequest, method_class: type[Method]) -> None:

@@ -16,8 +16,10 @@ from fettle.calibration import Calibration, RegionRules, find_regions
 from fettle.images.framing import Frame, Placed, from_input
 from fettle.images.loading import Loaded, load_framed
 from fettle.images.picture import Picture
-from fettle.inspection import Explained, Inspection, Refusal, Region
-from fettle.protocols import Explains, Method, Remarks
+from fettle.inspection import Explained, Inspection, Refusal, Region, Verdict
+from fettle.protocols import Explains, Json, Method, Remarks
+from fettle.refine.f2pad import Refined
+from fettle.refine.refiner import Refiner
 
 Item = TypeVar("Item")
 
@@ -59,6 +61,7 @@ class Inspector(Generic[Item]):
         batch_size: views that go through the network together.
         rules: which regions are reported.
         explainer: shows the method's inner view of each picture; None: it is not asked for.
+        refiner: sharpens maps; None: it is not asked for.
     """
 
     methods: Sequence[Method]
@@ -70,6 +73,7 @@ class Inspector(Generic[Item]):
     batch_size: int
     rules: RegionRules
     explainer: Explains | None = None
+    refiner: Refiner | None = None
 
     def inspect(self, items: Iterable[Item]) -> Iterator[Inspected[Item] | tuple[Item, Refusal]]:
         """Answers in the order of `items`. Decoding runs ahead in threads while the network computes."""
@@ -95,42 +99,86 @@ class Inspector(Generic[Item]):
             seen = self._run(self.methods[0], views, valid)
             fold_scores = [self._run(fold, views, valid).scores for fold in self.methods[1:]]
             compute = (time.perf_counter() - start) / len(views)
+            refined = self._refine(loaded, views, valid, seen, fold_scores)
         first = 0
         for item in waiting:
             if not isinstance(item, Loaded):
                 yield item
                 continue
             own = slice(first, first + len(item.placed.views))
-            of_folds = [float(of_fold[own].max()) for of_fold in fold_scores]
-            yield self._answer(item, seen.of(own), of_folds, compute)
+            yield self._answer(
+                item,
+                seen.of(own),
+                self._verdict(item, seen, fold_scores, own),
+                refined[own] if refined else (),
+                compute,
+            )
             first = own.stop
+
+    def _verdict(
+        self, item: Loaded[Item], seen: _Seen, fold_scores: Sequence[NDArray[np.float32]], own: slice
+    ) -> Verdict | None:
+        """Of the picture with these views; None where its score is not finite."""
+        score = float(seen.scores[own].max())
+        if not np.isfinite(score):
+            return None
+        calibration = self.calibration_of(self.product_of(item.item))
+        if fold_scores:
+            return calibration.cross_verdict([float(of_fold[own].max()) for of_fold in fold_scores])
+        return calibration.verdict(score)
+
+    def _refine(
+        self,
+        loaded: Sequence[Loaded[Item]],
+        views: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+        seen: _Seen,
+        fold_scores: Sequence[NDArray[np.float32]],
+    ) -> list[Refined]:
+        """Every view's refined map, or its base map; empty without a refiner."""
+        if self.refiner is None:
+            return []
+        chosen: list[bool] = []
+        for item in loaded:
+            own = slice(len(chosen), len(chosen) + len(item.placed.views))
+            verdict = self._verdict(item, seen, fold_scores, own)
+            wanted = verdict is not None and (self.refiner.everything or verdict is not Verdict.OK)
+            chosen += [wanted] * len(item.placed.views)
+        pixels, inside, maps = (torch.from_numpy(one).to(self.device) for one in (views, valid, seen.maps))
+        return self.refiner(self.methods[0], pixels, inside, maps, chosen)
 
     def _answer(
         self,
         loaded: Loaded[Item],
         seen: _Seen,
-        fold_scores: Sequence[float],
+        verdict: Verdict | None,
+        refined: Sequence[Refined],
         seconds: float,
     ) -> Inspected[Item] | tuple[Item, Refusal]:
         """One picture's answer from what was seen in its views."""
         start = time.perf_counter()
         path, product = self.path_of(loaded.item), self.product_of(loaded.item)
-        own_map, valid = self.frame.restore(seen.maps, loaded.placed, loaded.picture.size)
         number = int(seen.scores.argmax())
         score = float(seen.scores[number])
-        if not np.isfinite(score):
+        if verdict is None:
             reason = f"'{path}' got no finite score from the model. Look at its pixels."
             return loaded.item, Refusal(str(path), reason)
-        calibration = self.calibration_of(product)
-        threshold = calibration.pixel_threshold
+        threshold = self.calibration_of(product).pixel_threshold
+        maps = np.stack([one.anomaly_map.cpu().numpy() for one in refined]) if refined else seen.maps
+        own_map, valid = self.frame.restore(maps, loaded.placed, loaded.picture.size)
+        soft = self._soft(refined, loaded, own_map, threshold)
         regions: tuple[Region, ...] = ()
-        if threshold is not None:
-            regions = find_regions(own_map, valid, threshold, **asdict(self.rules))
+        if threshold is not None or soft is not None:
+            cut = np.inf if threshold is None else threshold
+            marked = None if soft is None else soft > 0.5
+            regions = find_regions(own_map, valid, cut, marked=marked, **asdict(self.rules))
         times = {
             "decode": loaded.seconds,
             "compute": seconds * len(seen.maps),
             "regions": time.perf_counter() - start,
         }
+        if refined and any(one.record.gate_reason != "verdict_ok" for one in refined):
+            times["refine"] = sum(one.record.seconds for one in refined)
         notes = loaded.picture.notes + loaded.placed.notes + self._remarks(seen, number)
         explained = None
         if self.explainer is not None:
@@ -142,7 +190,7 @@ class Inspector(Generic[Item]):
         inspection = Inspection(
             path=str(path),
             score=score,
-            verdict=calibration.cross_verdict(fold_scores) if fold_scores else calibration.verdict(score),
+            verdict=verdict,
             regions=regions,
             anomaly_map=own_map,
             valid=valid,
@@ -150,8 +198,38 @@ class Inspector(Generic[Item]):
             product=product,
             sha256=loaded.picture.sha256,
             notes=notes,
+            soft=soft,
+            refinement=self._refinement(refined, number),
         )
         return Inspected(loaded.item, loaded.picture, inspection, explained)
+
+    def _soft(
+        self,
+        refined: Sequence[Refined],
+        loaded: Loaded[Item],
+        own_map: NDArray[np.float32],
+        threshold: float | None,
+    ) -> NDArray[np.float32] | None:
+        """A refiner's soft mask at the picture's size, (H, W), and where it says nothing the map, a half at
+        its threshold; None where it says nothing at all."""
+        if all(one.soft is None for one in refined):
+            return None
+        nothing = np.zeros_like(refined[0].anomaly_map.cpu().numpy())
+        parts = [
+            np.stack([nothing if one is None else one.float().cpu().numpy() for one in views])
+            for views in ([one.soft for one in refined], [one.speaks for one in refined])
+        ]
+        soft, speaks = (self.frame.restore(part, loaded.placed, loaded.picture.size)[0] for part in parts)
+        rest = np.zeros_like(soft)
+        if threshold is not None and threshold > 0:
+            rest = np.clip(own_map / np.float32(2 * threshold), 0, 1)
+        return np.where(speaks > 0.5, soft, rest)
+
+    def _refinement(self, refined: Sequence[Refined], number: int) -> dict[str, Json] | None:
+        """What was done to the view with the highest score."""
+        if self.refiner is None:
+            return None
+        return {"refiner": self.refiner.name, **refined[number].record.to_json()}
 
     def _remarks(self, seen: _Seen, number: int) -> tuple[str, ...]:
         """What the method says of one view."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +53,14 @@ class Inspection:
         regions: defect regions, largest peak first.
         anomaly_map: float32 (H, W) at the picture's own size; 0 outside `valid`.
         valid: bool (H, W), False outside the region of interest or the frame's view.
-        seconds: time by step ("decode", "compute", "regions"; "explain" where asked for), per picture.
+        seconds: time by step ("decode", "compute", "regions"; "refine" and "explain" where asked for), per
+            picture.
         product: the product, when known.
         sha256: hash of the picture file's bytes, hexadecimal.
         notes: what was done on the way that a user should know (how it was decoded, shrunk, ...).
+        soft: float32 (H, W) in 0..1, above a half at the pixels that are marked after a refinement, which
+            `regions` are then made of; None: those whose map value is above the pixel threshold are.
+        refinement: what a refiner did, by name; None: none was asked for.
     """
 
     path: str
@@ -68,6 +73,14 @@ class Inspection:
     product: str = ""
     sha256: str = ""
     notes: tuple[str, ...] = ()
+    soft: NDArray[np.float32] | None = None
+    refinement: Mapping[str, Any] | None = None  # JSON values
+
+    def marks(self, pixel_threshold: float) -> NDArray[np.bool_]:
+        """The pixels that are marked, bool (H, W)."""
+        above = self.anomaly_map > pixel_threshold if self.soft is None else self.soft > 0.5
+        marked: NDArray[np.bool_] = above & self.valid
+        return marked
 
 
 @dataclass(frozen=True)

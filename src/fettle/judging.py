@@ -11,18 +11,15 @@ Ways, the raw material of calibration (base-methods 8.3):
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fettle.calibration import Calibration, Mode, calibrate, pixel_statistic
+from fettle.calibration import Mode
 from fettle.datasets.splits import folds, hold_out
 from fettle.errors import DataError, UsageError
 from fettle.feature_cache import TrainingPictures
@@ -30,7 +27,7 @@ from fettle.feature_stream import GoodFeatures, GoodPicture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
-from fettle.layers.pixel_map import valid_tokens
+from fettle.judged import Judged, gather_judged
 from fettle.protocols import Finishes, FitRecord, LeavesOut, LeftOut, Method, Progress, Run, Trained
 from fettle.training import TrainingConfig, train
 
@@ -41,39 +38,11 @@ _FEW = 20  # below so many groups, k-fold leaves out one at a time
 _LEAST_HELD_OUT = 0.2
 _MOST_HELD_OUT = 0.5
 _EARLY_STOP_SHARE = 0.1  # of the pictures that may be learnt from
-_MAX_ENERGIES = 1_000_000
 _RAW_ENERGIES = "No good picture could be judged without itself, so patch energies keep their raw scale."
 _LEARNT_ENERGIES = (
     "The scale of patch energies comes from the pictures that were learnt from, since no other was kept: "
     "those of new good pictures lie above it."
 )
-
-
-@dataclass
-class Judged:
-    """Scores of good pictures, a value a picture, in the order of `keys`.
-
-    Attributes:
-        scores: picture scores (the largest over a picture's views).
-        groups: the group of each picture.
-        pixel_statistics: each picture's high quantile of its map (base-methods 8.5).
-        energies: raw patch energies of all pictures, evenly thinned to about a million; None without any.
-    """
-
-    scores: list[float] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    pixel_statistics: list[float] = field(default_factory=list)
-    energies: Tensor | None = None
-    keys: list[str] = field(default_factory=list)
-
-    def extend(self, other: Judged) -> None:
-        """Take in further pictures."""
-        self.scores += other.scores
-        self.groups += other.groups
-        self.pixel_statistics += other.pixel_statistics
-        self.keys += other.keys
-        energies = [part for part in (self.energies, other.energies) if part is not None]
-        self.energies = torch.cat(energies) if energies else None
 
 
 @dataclass
@@ -100,6 +69,7 @@ class FittedMethod(Judged):
         for name in ("scores", "groups", "pixel_statistics", "keys", "folds"):
             values = getattr(self, name)
             setattr(self, name, None if values is None else [values[i] for i in kept])
+        self.held_out = [one for one in self.held_out if one.key not in keys]
 
 
 class Fitter:
@@ -308,74 +278,6 @@ def _split_off(
     return [p for p in pictures if p.key not in split], [p for p in pictures if p.key in split]
 
 
-@dataclass(frozen=True)
-class Calibrations:
-    """Thresholds from all pictures together, and from each product's own."""
-
-    shared: Calibration
-    by_product: dict[str, Calibration]
-
-
-def calibrate_judged(
-    judged: Judged,
-    product_of: Mapping[str, str],
-    *,
-    mode: Mode,
-    target_frr: float,
-    grouped: bool,
-    strict: bool,
-    folds: Sequence[int] | None = None,
-) -> Calibrations:
-    """Thresholds from what good pictures scored.
-
-    Args:
-        product_of: product by picture key; empty for a model of one product, which has no other thresholds.
-        grouped: pictures of one group count once.
-        strict: fail where the promise cannot be made, for all together or for one product.
-    """
-
-    def from_pictures(chosen: Sequence[int]) -> Calibration:
-        own_groups = [judged.groups[i] for i in chosen]
-        return calibrate(
-            [judged.scores[i] for i in chosen],
-            target_frr=target_frr,
-            mode=mode,
-            groups=own_groups if grouped else None,
-            folds=folds,
-            pixel_statistics=[judged.pixel_statistics[i] for i in chosen] or None,
-            strict=strict,
-        )
-
-    by_product: dict[str, list[int]] = {}
-    if mode == "none":  # nothing was judged, and yet the model knows its products
-        by_product = {product: [] for product in product_of.values()}
-    for i, key in enumerate(judged.keys):
-        if key in product_of:
-            by_product.setdefault(product_of[key], []).append(i)
-    shared = from_pictures(range(len(judged.keys)))
-    return Calibrations(shared, {name: from_pictures(own) for name, own in sorted(by_product.items())})
-
-
-def gather_judged(left_out: Iterable[LeftOut], num_pictures: int) -> Judged:
-    """Sum up left-out views, which come picture by picture."""
-    judged = Judged()
-    energies: list[Tensor] = []
-    for key, views_of_one in groupby(left_out, key=lambda view: view.key):
-        views = list(views_of_one)
-        judged.scores.append(max(float(view.maps.score[0]) for view in views))
-        judged.groups.append(views[0].group)
-        judged.keys.append(key)
-        maps = np.concatenate([view.maps.anomaly_map[0].cpu().numpy() for view in views])
-        valid = np.concatenate([view.valid[0, 0].cpu().numpy() for view in views])
-        judged.pixel_statistics.append(pixel_statistic(maps, valid))
-        energy = torch.cat([view.energies.flatten() for view in views]).cpu().sort().values
-        step = math.ceil(len(energy) * num_pictures / _MAX_ENERGIES)
-        energies.append(energy[step // 2 :: step])
-    if energies:
-        judged.energies = torch.cat(energies)
-    return judged
-
-
 def judge(
     method: Method,
     pictures: Sequence[GoodPicture],
@@ -405,5 +307,4 @@ def _judge_view(
     pixels = torch.from_numpy(view)[None].to(device)
     inside = torch.from_numpy(valid)[None].to(device)
     energy = method.patch_energy(pixels, inside)
-    tokens = valid_tokens(inside, (energy.shape[-2], energy.shape[-1]))
-    return LeftOut(picture.key, picture.group, method(pixels, inside), inside, energy[tokens])
+    return LeftOut(picture.key, picture.group, method(pixels, inside), inside, energy)

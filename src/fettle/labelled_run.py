@@ -26,6 +26,7 @@ _AVERAGED = (
     *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max"),
     *("aupro", "aupro_005", "aupimo", "frr_promised", "frr_measured", "escape_rate", "seconds_per_image"),
 )
+_REFINED = ("iou", "boundary_f", "hd95", "seconds_per_refined_image")  # where boundaries were measured
 _SUMMED = ("num_good", "num_defective")
 
 
@@ -37,6 +38,7 @@ class LabelledRun:
         inspector: gives the answers.
         known: hashes, 16 digits, of the pictures that the model has learnt from.
         each: called with every answer and its mask. refused: called with every record that could not be used.
+        boundaries: with the metrics of boundaries too.
         num_refused, num_seen_in_fit: counted on the way.
     """
 
@@ -45,12 +47,13 @@ class LabelledRun:
     progress: Progress
     each: Callable[[Inspected[Record], NDArray[np.bool_] | None], None] | None = None
     refused: Callable[[Record, Refusal], None] | None = None
+    boundaries: bool = False
     num_refused: int = field(default=0, init=False)
     num_seen_in_fit: int = field(default=0, init=False)
 
     def evaluate(self, records: Sequence[Record], calibration: Calibration) -> dict[str, Json]:
         """The metrics of one product's pictures (keys: metrics.md section 7)."""
-        evaluation = Evaluation(promise_of(calibration))
+        evaluation = self._evaluation(calibration)
         start = time.perf_counter()
         for answer, mask in self._walk(records, evaluation):
             self._take(answer, mask)
@@ -63,11 +66,11 @@ class LabelledRun:
 
         In `pooled` a defect is named PRODUCT/DEFECT, and verdicts come from the one shared calibration.
         """
-        pooled = Evaluation(promise_of(shared))
+        pooled = self._evaluation(shared)
         per_product: dict[str, Evaluation] = {}
         for record in records:
             if record.product not in per_product:
-                per_product[record.product] = Evaluation(promise_of(own(record.product)))
+                per_product[record.product] = self._evaluation(own(record.product))
         taken = dict.fromkeys(per_product, 0)
         start = time.perf_counter()
         for answer, mask in self._walk(records, per_product):
@@ -107,6 +110,11 @@ class LabelledRun:
                 continue
             yield answer, mask
 
+    def _evaluation(self, calibration: Calibration) -> Evaluation:
+        return Evaluation(
+            promise_of(calibration), boundaries=self.boundaries, pixel_threshold=calibration.pixel_threshold
+        )
+
     def _take(self, answer: Inspected[Record], mask: NDArray[np.bool_] | None) -> None:
         self.num_seen_in_fit += answer.inspection.sha256[:16] in self.known
         if self.each is not None:
@@ -129,7 +137,7 @@ def _mean(results: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
     The promise has a mean only where all products have it on the same verdict.
     """
     mean: dict[str, Json] = {}
-    for key in _AVERAGED:
+    for key in (*_AVERAGED, *(key for key in _REFINED if all(key in result for result in results))):
         values = [cast("float | None", result[key]) for result in results]
         defined = [value for value in values if value is not None]
         mean[key] = fmean(defined) if defined and len(defined) == len(values) else None

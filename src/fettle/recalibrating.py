@@ -10,8 +10,11 @@ from fettle.errors import DataError
 from fettle.fitting import FittedParts
 from fettle.gathering import GatheredPictures
 from fettle.inspection import Refusal
-from fettle.judging import Calibrations, calibrate_judged, gather_judged, judge
+from fettle.judged import Calibrations, calibrate_judged, gather_judged
+from fettle.judging import judge
+from fettle.layers.energy_scale import EnergyScale
 from fettle.protocols import UNUSUAL_TEMPLATE, Json, Method, Progress
+from fettle.refining import raw_scale, relearn_for_refiners
 from fettle.templates import judge_templates, with_template
 
 
@@ -87,13 +90,19 @@ def recalibrate(
     if num_known:
         warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
     unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
+    for_refiners = parts.for_refiners
+    if for_refiners is not None:
+        scale = EnergyScale() if template is None else raw_scale(judged)  # else they are settled already
+        for_refiners = relearn_for_refiners(
+            for_refiners, fresh, judged, calibrations.shared, parts.frame, scale
+        )
     kept = sorted(set(products) - set(calibrations.by_product))
     stay = [f"No fresh picture of {', '.join(kept)}: the former thresholds stay."] if kept else []
     card["calibration_refused"] = unread
     card["promise"] = " ".join(calibrations.shared.sentences())
     card["warnings"] = [*warnings, *unread, *stay]
     both = Calibrations(calibrations.shared, {**products, **calibrations.by_product})
-    return FittedParts(method, (), parts.frame, both, card)
+    return FittedParts(method, (), parts.frame, both, card, for_refiners)
 
 
 def _take_template(parts: FittedParts, template: GivenTemplate, card: dict[str, Json], device: str) -> Method:

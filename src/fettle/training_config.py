@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fettle.protocols import Step
 
+_STAGES = 25  # of the schedule "stages"
+_RISING = 2  # of them
+
+Schedule = Literal["constant", "step", "cosine", "stages"]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -22,7 +26,8 @@ class TrainingConfig(BaseModel):
         decay: what weight decay acts on: "all" parameters, or the weights of "linear" layers alone.
         clip: largest total norm of the gradient; 0 is off.
         schedule: the learning rate after the warm-up: "constant", "step" (a tenth for the last fifth of the
-            steps) or "cosine" (to 0).
+            steps) or "cosine" (to 0). "stages" is CFLOW-AD's and has a warm-up of its own: 25 equal stages
+            fall by a cosine to a thousandth, and over the first two it rises from a tenth.
         warmup: share of the steps over which the learning rate rises linearly from 1/n.
         ema: decay of an average of the weights, which is what is kept; 0 is off. The first updates decay
             faster, by (1 + t) / (10 + t), so that the random start is forgotten.
@@ -44,7 +49,7 @@ class TrainingConfig(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     decay: Literal["all", "linear"] = "all"
     clip: float = Field(default=0.1, ge=0)
-    schedule: Literal["constant", "step", "cosine"] = "step"
+    schedule: Schedule = "step"
     warmup: float = Field(default=0.05, ge=0, le=1)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: float = Field(default=0.0, ge=0, le=1)
@@ -67,6 +72,8 @@ def planned_steps(config: TrainingConfig, num_views: int, processes: int = 1) ->
 
 def learning_rate(config: TrainingConfig, step: Step) -> float:
     """Learning rate of a step: the schedule's times the warm-up's share."""
+    if config.schedule == "stages":
+        return _rate_in_stages(config.lr, step)
     rate = config.lr
     warmup = round(config.warmup * step.total)
     if config.schedule == "step" and 5 * step.number >= 4 * step.total:
@@ -74,3 +81,16 @@ def learning_rate(config: TrainingConfig, step: Step) -> float:
     elif config.schedule == "cosine" and step.number >= warmup:
         rate *= 0.5 * (1 + math.cos(math.pi * (step.number - warmup) / max(step.total - warmup, 1)))
     return rate * (step.number + 1) / warmup if step.number < warmup else rate
+
+
+def _rate_in_stages(highest: float, step: Step) -> float:
+    """CFLOW-AD's published schedule (base-methods 6.5)."""
+    floor = highest / 1000
+
+    def of_stage(stage: int) -> float:
+        return floor + (highest - floor) * (1 + math.cos(math.pi * stage / _STAGES)) / 2
+
+    progress = _STAGES * step.number / step.total
+    if progress < _RISING:
+        return highest / 10 + (of_stage(_RISING) - highest / 10) * progress / _RISING
+    return of_stage(int(progress))

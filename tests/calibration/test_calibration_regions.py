@@ -64,6 +64,25 @@ def test_pixels_outside_the_region_of_interest_do_not_count() -> None:
     assert (region.left, region.area_px) == (7, 8)
 
 
+def test_marked_pixels_are_the_regions_whatever_the_map() -> None:
+    """Peaks are still the map's, and pixels that are not valid are still left out."""
+    values, marked = _blank(), np.zeros((40, 60), bool)
+    values[20:30, 40:50] = 9
+    values[6, 8] = 0.25
+    marked[5:9, 5:12] = True
+    marked[30, 50] = True
+    valid = VALID.copy()
+    valid[:, :7] = False
+    regions = find_regions(values, valid, 0.5, marked=marked)
+    assert [(r.left, r.top, r.width, r.height, r.area_px, r.peak) for r in regions] == [
+        (7, 5, 5, 4, 20, 0.25),
+        (50, 30, 1, 1, 1, 0.0),
+    ]
+    assert find_regions(values, valid, np.inf, marked=marked) == regions
+    assert find_regions(values, valid, 0.5, marked=np.zeros((40, 60), bool)) == ()
+    assert find_regions(values, valid, 0.5, marked=values > 0.5) == find_regions(values, valid, 0.5)
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(UsageError, match="differ"):
         find_regions(_blank(), np.ones((2, 2), bool), 0.5)

@@ -161,3 +161,34 @@ def test_overlay_lines_grow_with_the_picture() -> None:
         drawn = draw_overlay(np.zeros((side, side, 3), np.uint8), anomaly_map, 0.5)
         widths.append(int((drawn[side // 2] == CONTOUR_COLOUR).all(axis=1).sum()) // 2)
     assert widths == [2, 5]
+
+
+def test_what_a_refiner_marks_is_lined_instead_of_what_is_above_the_threshold() -> None:
+    anomaly_map, marked = constant(0.0), np.zeros((40, 60), bool)
+    anomaly_map[30:36, 40:50] = 0.6
+    marked[10:20, 20:30] = True
+    drawn = draw_contours(GREY, anomaly_map, 0.5, marked=marked)
+    as_mapped = constant(0.0)
+    as_mapped[marked] = 0.6
+    np.testing.assert_array_equal(drawn, draw_contours(GREY, as_mapped, 0.5))
+    np.testing.assert_array_equal(drawn, draw_contours(GREY, anomaly_map, None, marked=marked))
+    np.testing.assert_array_equal(drawn[9, 25], CONTOUR_COLOUR)
+    np.testing.assert_array_equal(drawn[29, 45], GREY[29, 45])
+
+
+def test_overlay_and_panel_line_what_a_refiner_marks() -> None:
+    anomaly_map, marked = constant(0.0), np.zeros((40, 60), bool)
+    anomaly_map[30:36, 40:50] = 0.6
+    marked[10:20, 20:30] = True
+    overlay = draw_overlay(GREY, anomaly_map, 0.5, marked=marked)
+    contours = draw_panel(GREY, anomaly_map, 0.5, marked=marked)[:, 2 * (60 + PANE_GAP) :]
+    for drawn in (overlay, contours):
+        lined = (drawn == CONTOUR_COLOUR).all(axis=2)
+        assert lined[9, 25] and not lined[25:].any()
+
+
+def test_a_mark_of_one_pixel_is_seen_in_the_panel() -> None:
+    marked = np.zeros((1024, 1024), bool)
+    marked[501, 703] = True
+    panel = draw_panel(np.full((1024, 1024, 3), 120, np.uint8), constant(0.0, 1024, 1024), 0.5, marked=marked)
+    assert (panel[:, 648:] == CONTOUR_COLOUR).all(axis=2).sum() >= 8

@@ -30,6 +30,7 @@ def find_regions(
     min_length_px: float = 0.0,
     mm_per_pixel: float | None = None,
     max_regions: int = 100,
+    marked: NDArray[np.bool_] | None = None,
 ) -> tuple[Region, ...]:
     """Connected regions (8 neighbours) of valid pixels above `threshold`, largest peak first.
 
@@ -41,6 +42,7 @@ def find_regions(
         min_length_px: shorter regions (major axis) are left out.
         mm_per_pixel: scale of the picture, for area and length in millimetres.
         max_regions: at most so many are given, those of the largest peaks.
+        marked: (H, W), the pixels that regions are made of, where something else than the threshold says so.
 
     Raises:
         UsageError: shapes that differ, a NaN in the map or threshold, or a scale that is not positive.
@@ -53,7 +55,7 @@ def find_regions(
         raise UsageError("The map or its threshold holds NaN.", "Check the model's weights.")
     if mm_per_pixel is not None and not 0 < mm_per_pixel < np.inf:
         raise UsageError(f"A scale of {mm_per_pixel} mm a pixel is not positive.", "Measure it again.")
-    above = (anomaly_map > threshold) & valid
+    above = ((anomaly_map > threshold) if marked is None else marked) & valid
     if not above.any():
         return ()
 

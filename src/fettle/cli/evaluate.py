@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from fettle.cli.console import Screen, print_json, print_table
-from fettle.cli.options import AsJson, Model
+from fettle.cli.options import AsJson, Model, RefineAll, RefineSet, check_refine_options, parse_settings
 from fettle.cli.runs import add_or_refuse, open_run
 from fettle.errors import UsageError, nearest_name
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fettle.detector import Detector, Inspected
     from fettle.inspection import Refusal
     from fettle.protocols import Json
+    from fettle.refine.refiner import Refiner
     from fettle.report.run_folder import RunWriter
 
 SHOWN = {
@@ -37,6 +39,15 @@ SHOWN = {
 """The metrics that a person is shown, with their heads."""
 
 
+SHOWN_BOUNDARIES = {"iou": "IoU", "boundary_f": "boundary\nF", "hd95": "HD95\npx"}
+"""And those of boundaries, where they were measured."""
+
+
+def shown_metrics(result: Mapping[str, Json]) -> dict[str, str]:
+    """The metrics of a table for a person, with their heads."""
+    return SHOWN | (SHOWN_BOUNDARIES if "iou" in result else {})
+
+
 def evaluate(
     model: Model,
     labelled: Annotated[Path, typer.Argument(help="Labelled layout or manifest; its test part is used.")],
@@ -48,15 +59,39 @@ def evaluate(
         bool,
         typer.Option("--explain", help="With -o: also draw what the method sees, if it can show it."),
     ] = False,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            help="Sharpen maps and measure boundaries: f2pad, difference, grabcut, guided, blur, "
+            "or none to measure them only."
+        ),
+    ] = None,
+    refine_all: RefineAll = False,
+    refine_set: RefineSet = None,
     as_json: AsJson = False,
 ) -> None:
     """Metrics on labelled pictures that the model has not learnt from."""
     from fettle.detector import Detector
 
+    check_refine_options(refine or "none", refine_all, refine_set)
     if explain and out is None:
         raise UsageError("--explain draws into a run folder, and there is none.", "Name one with -o.")
     with Screen() as screen:
-        result = evaluate_into(Detector.load(model), labelled, out, product, screen, explain=explain)
+        detector = Detector.load(model)
+        result = evaluate_into(
+            detector,
+            labelled,
+            out,
+            product,
+            screen,
+            explain=explain,
+            refiner=detector.refiner(
+                refine or "none",
+                everything=refine_all,
+                settings=parse_settings(refine_set or [], "--refine-set"),
+            ),
+            boundaries=refine is not None,
+        )
     if as_json:
         print_json(result)
     elif "per_product" in result:
@@ -75,6 +110,8 @@ def evaluate_into(
     screen: Screen,
     *,
     explain: bool = False,
+    refiner: Refiner | None = None,
+    boundaries: bool = False,
 ) -> dict[str, Json]:
     """Evaluate, and write a run folder where `out` is given; one for each product of a model of many.
 
@@ -93,7 +130,9 @@ def evaluate_into(
     not_kept = 0
     with ExitStack() as stack:
         runs = {
-            name: stack.enter_context(open_run(detector, folder, product=name, explain=explain))
+            name: stack.enter_context(
+                open_run(detector, folder, product=name, explain=explain, refiner=refiner)
+            )
             for name, folder in folders.items()
         }
 
@@ -113,7 +152,14 @@ def evaluate_into(
                 run.refuse(refusal, truth=record.defect)
 
         result = detector.evaluate(
-            dataset, product=product, progress=screen.progress, each=each, refused=refused, explain=explain
+            dataset,
+            product=product,
+            progress=screen.progress,
+            each=each,
+            refused=refused,
+            explain=explain,
+            refiner=refiner,
+            boundaries=boundaries,
         )
         result["num_refused"] = cast(int, result["num_refused"]) + not_kept
         own = cast("dict[str, dict[str, Json]]", result["per_product"] if several else {product: result})
@@ -155,12 +201,13 @@ def _notes(result: dict[str, Json]) -> list[str]:
 def print_metrics(result: dict[str, Json]) -> None:
     """The table for a person: all defects together, then each kind."""
     per_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
-    rows = [["all", result["num_defective"], *(result[key] for key in SHOWN)]]
+    shown = shown_metrics(result)
+    rows = [["all", result["num_defective"], *(result[key] for key in shown)]]
     rows += [
-        [name, values["num_defective"], *(values[key] for key in SHOWN)]
+        [name, values["num_defective"], *(values[key] for key in shown)]
         for name, values in per_defect.items()
     ]
-    print_table(["defect", "n", *SHOWN.values()], rows)
+    print_table(["defect", "n", *shown.values()], rows)
     print(rates_sentence(result))
 
 
@@ -172,10 +219,11 @@ def print_products(result: dict[str, Json]) -> None:
         "mean": cast("dict[str, Json]", result["mean"]),
         "pooled": cast("dict[str, Json]", result["pooled"]),
     }
+    shown = shown_metrics(lines["mean"])
     rows = [
-        [name, values["num_defective"], *(values[key] for key in SHOWN)] for name, values in lines.items()
+        [name, values["num_defective"], *(values[key] for key in shown)] for name, values in lines.items()
     ]
-    print_table(["product", "n", *SHOWN.values()], rows)
+    print_table(["product", "n", *shown.values()], rows)
     for name, values in per_product.items():
         print(f"{name}: {rates_sentence(values)}")
 

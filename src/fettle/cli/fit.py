@@ -73,6 +73,9 @@ def fit(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for a TensorBoard log of the training.")
     ] = None,
+    refine_refs: Annotated[
+        int, typer.Option(min=0, max=256, help="Good pictures that the model keeps for --refine; 0: none.")
+    ] = 32,
     strict: Annotated[bool, typer.Option(help="Fail where the promise cannot be made.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -116,6 +119,7 @@ def fit(
             cache_mib=cache_mib,
             training_dir=training_dir,
             log_dir=log_dir,
+            refine_refs=refine_refs,
             progress=screen.progress if is_main_process() else no_progress,
             say=screen.say if is_main_process() else no_words,
         )

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_facts, print_json
-from fettle.cli.options import AsJson, Model, Out
+from fettle.cli.options import (
+    AsJson,
+    Model,
+    Out,
+    Refine,
+    RefineAll,
+    RefineSet,
+    check_choice,
+    check_refine_options,
+    parse_names,
+    parse_settings,
+)
 from fettle.cli.runs import add_or_refuse, leave_out_own, open_run
 from fettle.protocols import Json
 
@@ -26,20 +37,38 @@ def inspect(
     ] = False,
     mm_per_pixel: Annotated[float | None, typer.Option(help="Scale, for areas and lengths in mm.")] = None,
     min_area: Annotated[int, typer.Option(min=1, help="Smaller regions are left out, px.")] = 1,
+    refine: Refine = "none",
+    refine_all: RefineAll = False,
+    refine_set: RefineSet = None,
+    contours: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write the regions' outlines: coco, labelme, yolo or png, with commas between."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Inspect pictures: rows as JSONL, CSV and Parquet, and pictures for the report."""
     from fettle.calibration import RegionRules, RunningShare
     from fettle.datasets.picture_list import list_pictures
     from fettle.detector import Detector, Inspected
+    from fettle.report.contours import FORMATS, ContourWriter
 
+    check_refine_options(refine, refine_all, refine_set)
+    formats = parse_names(contours)
+    for name in formats:
+        check_choice("contours", name, FORMATS)
     pictures = list_pictures(paths)
     detector = Detector.load(model)
+    refiner = detector.refiner(
+        refine, everything=refine_all, settings=parse_settings(refine_set or [], "--refine-set")
+    )
     share = RunningShare(detector.calibration_of(product))
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
     with (
         Screen() as screen,
-        open_run(detector, out, product=product, overlays=overlays, explain=explain) as run,
+        open_run(detector, out, product=product, overlays=overlays, explain=explain, refiner=refiner) as run,
+        ContourWriter(out, formats, detector.calibration_of(product).pixel_threshold, min_area) as outlines,
     ):
 
         def note(sentence: str | None) -> None:
@@ -48,12 +77,13 @@ def inspect(
 
         pictures = leave_out_own(pictures, out, screen)
         answers = detector.inspect_items(
-            pictures, lambda path: path, product=product, rules=rules, explain=explain
+            pictures, lambda path: path, product=product, rules=rules, explain=explain, refiner=refiner
         )
         for done, answer in enumerate(answers, 1):
             screen.progress("inspecting", done, len(pictures))
             if isinstance(answer, Inspected):
-                add_or_refuse(run, screen, answer)
+                if add_or_refuse(run, screen, answer):
+                    outlines.add(answer.inspection)
                 note(share.update(answer.inspection.verdict))
             else:
                 run.refuse(answer[1])

@@ -14,11 +14,17 @@ from fettle.errors import UsageError, nearest_name
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, no words.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
+Refine = Annotated[str, typer.Option(help="Sharpen maps: f2pad, difference, grabcut, guided, blur, or none.")]
+RefineAll = Annotated[bool, typer.Option("--refine-all", help="Refine pictures whose verdict is ok, too.")]
+RefineSet = Annotated[
+    list[str] | None,
+    typer.Option("--refine-set", metavar="FIELD=VALUE", help="A field of F2PAD to change; may come again."),
+]
 Model = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit'.")]
 
 
-def parse_settings(pairs: list[str]) -> dict[str, object]:
-    """field=value pairs; values are read as JSON where they are JSON, else as text.
+def parse_settings(pairs: list[str], option: str = "--set") -> dict[str, object]:
+    """field=value pairs of an option; values are read as JSON where they are JSON, else as text.
 
     Raises:
         UsageError: a pair without '='.
@@ -27,7 +33,7 @@ def parse_settings(pairs: list[str]) -> dict[str, object]:
     for pair in pairs:
         field, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError(f"--set {pair} has no '='.", "Write --set field=value.")
+            raise UsageError(f"{option} {pair} has no '='.", f"Write {option} field=value.")
         try:
             settings[field.strip()] = json.loads(value)
         except ValueError:
@@ -102,6 +108,12 @@ def check_model_out(out: Path) -> None:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"The folder '{out}' cannot be written: '{nearest}' does not let it.", _ANOTHER)
+
+
+def check_refine_options(refine: str, everything: bool, settings: list[str] | None) -> None:
+    """Refuse options of a refiner where there is none. Raises UsageError."""
+    if refine == "none" and (everything or settings):
+        raise UsageError("--refine-all and --refine-set are of a refiner.", "Add --refine f2pad.")
 
 
 _ANOTHER = "Name another folder with -o."

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from fettle.cli.console import Screen
     from fettle.detector import Detector, Inspected
+    from fettle.refine.refiner import Refiner
     from fettle.report.run_folder import RunWriter
 
 Item = TypeVar("Item")
@@ -22,7 +23,13 @@ _MOST_NAMED = 20
 
 
 def open_run(
-    detector: Detector, out: Path, *, product: str = "", overlays: bool = False, explain: bool = False
+    detector: Detector,
+    out: Path,
+    *,
+    product: str = "",
+    overlays: bool = False,
+    explain: bool = False,
+    refiner: Refiner | None = None,
 ) -> RunWriter:
     """A writer for the run folder `out`, with the model's card and the product's thresholds.
 
@@ -41,7 +48,10 @@ def open_run(
     thresholds = Thresholds(calibration.t_review, calibration.t_reject, calibration.pixel_threshold)
     return RunWriter(
         out,
-        card=detector.describe(product),
+        card={
+            **detector.describe(product),
+            **({} if refiner is None else {"refinement": refiner.describe()}),
+        },
         thresholds=thresholds,
         overlays=overlays,
         templates=detector.templates(),
@@ -74,7 +84,8 @@ def add_or_refuse(
 
 def leave_out_own(pictures: Sequence[Path], out: Path, screen: Screen) -> list[Path]:
     """The pictures without those that a former run has drawn into OUT, which lies among them."""
-    drawn = {out.absolute() / name for name in ("panels", "overlays", "explanations", "templates")}
+    own = ("panels", "overlays", "explanations", "templates", "contours/png")
+    drawn = {out.absolute() / name for name in own}
     rest = [path for path in pictures if path.absolute().parent not in drawn]
     if len(rest) < len(pictures):
         screen.say(f"Note: {len(pictures) - len(rest)} pictures in {out} are a former run's, and left out.")

@@ -128,8 +128,9 @@ def draw_contours(
     pixel_threshold: float | None,
     mask: NDArray[np.bool_] | None = None,
     line: int = 2,
+    marked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
-    """The picture with a line just outside every region above the threshold, uint8 (H, W, 3).
+    """The picture with a line just outside every marked region, uint8 (H, W, 3).
 
     Args:
         pixels: (H, W, 3).
@@ -137,11 +138,14 @@ def draw_contours(
         pixel_threshold: regions are where the map is larger; None draws no region.
         mask: the labelled defect (H, W), outlined in another colour.
         line: width of the line, px.
+        marked: the regions (H, W), where something else than the threshold says so.
     """
     drawn = eight_bit(pixels).copy()
     if mask is not None:
         _outline(drawn, mask, MASK_COLOUR, line)
-    if pixel_threshold is not None:
+    if marked is not None:
+        _outline(drawn, marked, CONTOUR_COLOUR, line)
+    elif pixel_threshold is not None:
         _outline(drawn, anomaly_map > pixel_threshold, CONTOUR_COLOUR, line)
     return drawn
 
@@ -171,11 +175,12 @@ def draw_overlay(
     pixel_threshold: float | None,
     valid: NDArray[np.bool_] | None = None,
     mask: NDArray[np.bool_] | None = None,
+    marked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
     """Heat and contours on one picture at its own size, uint8 (H, W, 3)."""
     heated = draw_heat(pixels, anomaly_map, pixel_threshold, valid)
     line = max(2, round(max(anomaly_map.shape) / PANE_SIDE))
-    return draw_contours(heated, anomaly_map, pixel_threshold, mask, line)
+    return draw_contours(heated, anomaly_map, pixel_threshold, mask, line, marked)
 
 
 def draw_panel(
@@ -184,6 +189,7 @@ def draw_panel(
     pixel_threshold: float | None,
     valid: NDArray[np.bool_] | None = None,
     mask: NDArray[np.bool_] | None = None,
+    marked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
     """Picture, heat map and contours side by side, each at most 320 px on its longer side; uint8.
 
@@ -200,7 +206,9 @@ def draw_panel(
     )
     small_map = _shrink_by_max(anomaly_map, rows, columns)
     small_valid = None if valid is None or valid.all() else _shrink_by_max(valid, rows, columns)
-    small_mask = None if mask is None else _shrink_by_max(mask, rows, columns)
+    small_mask, small_marked = (
+        None if one is None else _shrink_by_max(one, rows, columns) for one in (mask, marked)
+    )
     gap = np.full((rows, PANE_GAP, 3), 128, np.uint8)
     return np.concatenate(
         [
@@ -208,7 +216,7 @@ def draw_panel(
             gap,
             draw_heat(small, small_map, pixel_threshold, small_valid),
             gap,
-            draw_contours(small, small_map, pixel_threshold, small_mask),
+            draw_contours(small, small_map, pixel_threshold, small_mask, marked=small_marked),
         ],
         axis=1,
     )

@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 
 from fettle.errors import DataError
 from fettle.inspection import Inspection, Refusal, Region, Verdict
+from fettle.protocols import Json
 
 JSONL = "inspections.jsonl"
 _PICTURE_FILE = re.compile(r"(panels|overlays|explanations)/[0-9]{6,}_[A-Za-z0-9._-]+\.(jpg|png)")
@@ -33,6 +34,7 @@ class Row:
         verdict, score: None for a refused picture; `refusal` then says why.
         truth: "good" or the defect's name where the picture is labelled.
         panel, overlay, explanation: picture files inside the run folder, relative; None where there is none.
+        refinement: what a refiner did; the tables hold its state as `refined`.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Row:
     panel: str | None = None
     overlay: str | None = None
     explanation: str | None = None
+    refinement: dict[str, Json] | None = None
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -109,6 +112,7 @@ def inspected_row(
         panel=panel,
         overlay=overlay,
         explanation=explanation,
+        refinement=None if inspection.refinement is None else dict(inspection.refinement),
     )
 
 
@@ -227,4 +231,5 @@ def _cells(row: Row, steps: Sequence[str]) -> dict[str, object]:
         cells[f"seconds_{step}"] = row.seconds.get(step)
     cells |= {"sha256": row.sha256, "notes": [printable(note) for note in row.notes]}
     cells |= {"panel": row.panel, "overlay": row.overlay, "explanation": row.explanation}
+    cells["refined"] = (row.refinement or {}).get("refined")
     return cells

@@ -252,7 +252,8 @@ class RunWriter:
     ) -> None:
         from PIL import Image
 
-        shown = (pixels, inspection.anomaly_map, self._thresholds.pixel, inspection.valid, mask)
+        of_map = (inspection.anomaly_map, self._thresholds.pixel, inspection.valid)
+        shown = (pixels, *of_map, mask, None if inspection.soft is None else inspection.soft > 0.5)
         panel = Image.fromarray(draw_panel(*shown))
         panel.save(self.out / f"panels/{name}.jpg", quality=85)
         if self._overlays:

@@ -1,0 +1,136 @@
+"""The parts of a detector as a model folder keeps them: JSON values and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fettle.backbones import registry as backbones
+from fettle.calibration import Calibration
+from fettle.fitting import FittedParts
+from fettle.images.framing import Frame
+from fettle.judged import Calibrations
+from fettle.methods.registry import find_method
+from fettle.model_folder import StoredModel
+from fettle.protocols import BackboneSpec, Json, Level, Method
+from fettle.refine.facts import RefineFacts
+from fettle.refine.references import References
+from fettle.refining import ForRefiners
+
+
+def pack(parts: FittedParts) -> tuple[dict[str, Json], dict[str, Mapping[str, Tensor]]]:
+    """The manifest's content and the tensors by part, for `model_folder.write_model`."""
+    method, calibrations, kept = parts.method, parts.calibrations, parts.for_refiners
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "backbone": method.backbone.state_dict(),
+        "method": learnt_tensors(method),
+    }
+    for fold, own in enumerate(parts.fold_methods):
+        tensors[f"fold{fold}"] = learnt_tensors(own)
+    if kept is not None and kept.references is not None:
+        tensors["references"] = kept.references.state()
+    content: dict[str, Json] = {
+        "method": method.name,
+        "config": method.config.model_dump(mode="json"),
+        "levels": list(method.levels),
+        "backbone": cast("dict[str, Json]", asdict(method.backbone.spec)),
+        "frame": parts.frame.model_dump(mode="json"),
+        "calibration": calibrations.shared.model_dump(mode="json"),
+        "product_calibrations": {
+            name: own.model_dump(mode="json") for name, own in calibrations.by_product.items()
+        },
+        "refine": None if kept is None else kept.facts.model_dump(mode="json"),
+        "card": parts.card,
+    }
+    return content, tensors
+
+
+def unpack(stored: StoredModel) -> FittedParts:
+    """What `pack` packed, on the CPU.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: something is missing, or is not what it should be.
+    """
+    content = stored.content
+    method_class = find_method(str(content["method"]))
+    config = method_class.Config.model_validate(content["config"])
+    levels = tuple(cast("list[str]", content["levels"]))
+    spec = _backbone_spec(cast("dict[str, object]", content["backbone"]))
+    if not all(spec.level(name) for name in levels):
+        raise ValueError(f"its backbone has no levels {levels}")
+    frame = Frame.model_validate(content["frame"])
+    calibration = Calibration.model_validate(content["calibration"])
+    by_product = {
+        name: Calibration.model_validate(own)
+        for name, own in cast("dict[str, object]", content.get("product_calibrations", {})).items()
+    }
+    for_refiners = _for_refiners(content.get("refine"), stored.tensors.get("references"))
+    card = content["card"]
+    if not isinstance(card, dict):
+        raise TypeError("its card is no object")
+    backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
+    num_folds = sum(part.startswith("fold") for part in stored.tensors)
+    names = ["method", *(f"fold{number}" for number in range(num_folds))]
+    methods = [method_class(backbone, config, levels) for _ in names]
+    for method, name in zip(methods, names, strict=True):
+        load_learnt(cast(torch.nn.Module, method), stored.tensors[name])
+        cast(torch.nn.Module, method).eval()  # a method may then compute with what it learnt
+    calibrations = Calibrations(calibration, by_product)
+    return FittedParts(methods[0], tuple(methods[1:]), frame, calibrations, card, for_refiners)
+
+
+def _for_refiners(facts: Json, references: Mapping[str, Tensor] | None) -> ForRefiners | None:
+    """What a model folder keeps for refiners; None in one that was written before they were."""
+    if facts is None:
+        return None
+    return ForRefiners(
+        RefineFacts.model_validate(facts), None if references is None else References.of(references)
+    )
+
+
+def learnt_tensors(method: Method) -> dict[str, Tensor]:
+    """What a method learnt, without its backbone; trained weights in what the configuration says."""
+    state = {name: t for name, t in method.state_dict().items() if not name.startswith("backbone.")}
+    if getattr(method.config, "stored", "fp32") == "fp16":  # they were rounded as the training ended
+        trained = {name for name, p in cast(torch.nn.Module, method).named_parameters() if p.requires_grad}
+        state |= {name: tensor.half() for name, tensor in state.items() if name in trained}
+    return state
+
+
+def load_learnt(method: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set what a method learnt. Buffers take the stored shape, since a memory's size is learnt too, and so do
+    parameters that have no rows yet."""
+    own = {name for name in method.state_dict() if not name.startswith("backbone.")}
+    if own != set(state):
+        raise ValueError(f"its tensors are {sorted(state)}, not {sorted(own)}")
+    buffers = dict(method.named_buffers())
+    for name, tensor in state.items():
+        place, _, last = name.rpartition(".")
+        module = method.get_submodule(place)
+        if name in buffers:
+            if (tensor.dtype, tensor.ndim) != (buffers[name].dtype, buffers[name].ndim):
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            setattr(module, last, tensor)
+            continue
+        parameter = getattr(module, last)
+        if (
+            parameter.numel() == 0
+            and parameter.ndim == tensor.ndim
+            and parameter.shape[-1] == tensor.shape[-1]
+        ):
+            # of a grid that was not known yet
+            parameter.data = tensor.to(parameter.dtype)
+        elif parameter.shape == tensor.shape:
+            parameter.data.copy_(tensor)
+        else:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+
+
+def _backbone_spec(fields: Mapping[str, object]) -> BackboneSpec:
+    levels = tuple(Level(**level) for level in cast("list[dict[str, object]]", fields["levels"]))  # type: ignore[arg-type]  # checked by use
+    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "levels"}
+    return BackboneSpec(levels=levels, **rest)  # type: ignore[arg-type]  # a wrong field raises TypeError
