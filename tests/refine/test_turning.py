@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fettle.refine import turning
 from fettle.refine.fill import Fill, fill_roi
 from fettle.refine.references import References
-from fettle.refine.search import best_window
+from fettle.refine.search import Window, best_window
 from fettle.refine.turning import Place, Surroundings, closer_place
 
 SIDE = 128
@@ -89,6 +90,13 @@ def test_the_motion_is_that_of_the_part() -> None:
     assert place.motion[:2, 2].tolist() == pytest.approx([63.5 + 0.3, 63.5 + 0.8], abs=0.05)
 
 
+def test_the_light_has_no_part_in_the_motion() -> None:
+    lit = around(part(right=0.4) + 0.2, disc(63.5, 63.5))
+    place = closer_place(lit, kept(part()), Window(0, 0, 0), scale=4)
+    assert place is not None
+    assert place.motion[:2, 2].tolist() == pytest.approx([63.5 - 0.4, 63.5], abs=0.05)
+
+
 # --- where it does not
 
 
@@ -105,7 +113,8 @@ def test_a_texture_of_chance_is_filled_no_worse() -> None:
     assert error(turned, good, roi) < 1.02 * error(straight, good, roi)
 
 
-def test_a_copy_stays_as_it_is() -> None:
+def test_a_copy_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(turning, "_turned_places")  # nothing is looked for
     good, roi = part(13, right=3.3), disc(63.5, 70)
     references = kept(part(4), part(13, right=3.3), part(170))
     straight, turned = (
@@ -138,29 +147,36 @@ def test_what_is_left_out_is_not_turned_to() -> None:
     assert fill_roi(good, roi, references, leave_out={0, 1}).reference == 2
 
 
-def test_a_place_off_the_reference_is_not_taken() -> None:
-    """Turned by 90 degrees the region would lie outside."""
-    good, roi = part(90), disc(100, 63.5, 18)  # the bar's lower end
-    cut = part(right=-28)  # its right end, 30 px further left than it is there
-    fill = fill_roi(good, roi, kept(cut))
-    assert fill.turn == pytest.approx(-90, abs=1)
-    outside = part(right=36)  # the same end reaches over the edge
-    assert abs(fill_roi(good, roi, kept(outside)).turn + 90) > 1
+def test_what_is_left_out_is_not_turned_to_where_little_has_room() -> None:
+    """A square box of 124 px can be turned by quarter turns only: four places, and more are asked for."""
+    good, used = part(0.8, right=0.4), torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    used[2:126, 2:126] = True
+    surroundings = Surroundings(
+        good[:, 2:126, 2:126], (used & ~disc(63.5, 63.5))[2:126, 2:126], used[2:126, 2:126]
+    )
+    references = kept(part(), good)
+    place = closer_place(surroundings, references, Window(0, 2, 2), scale=4, left_out=[1])
+    assert place is not None
+    assert place.reference == 0
 
 
-def test_padding_of_a_reference_is_not_taken() -> None:
-    good, roi = part(10), disc(63.5, 63.5)
+@pytest.mark.parametrize("padded", [0, 3])
+def test_a_place_over_the_edge_is_not_taken(padded: int) -> None:
+    """It fits best 1.4 px above the first valid row."""
+    picture, roi = part(down=-34), disc(22, 63, 10)
+    reference = part(down=-35.4 + padded)[None]
     valid = torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
-    valid[..., :30] = False
-    found = []
-    for padding in (0.0, 1.0):
-        reference = torch.where(valid[0], part(right=14.5), torch.tensor(padding))[None]
-        found.append(fill_roi(good, roi, References.from_views(reference, valid)))
-    assert torch.equal(found[0].pixels, found[1].pixels)
-    assert found[0].turn == pytest.approx(-10, abs=0.5)
-    valid[..., 60:70] = False
-    reference = part(right=14.5)[None]
-    assert abs(fill_roi(good, roi, References.from_views(reference, valid)).turn + 10) > 1
+    valid[..., :padded, :] = False
+    surroundings = around(picture, roi)
+    references = References.from_views(reference, valid)
+    assert best_window(picture, surroundings.ring, kept(part(down=-34))) == (0, 0, 0)
+    place = closer_place(surroundings, references, Window(0, 0, 0), scale=4)
+    inside = closer_place(surroundings, kept(part(down=-32.6)), Window(0, 0, 0), scale=4)
+    assert inside is not None
+    if place is not None:
+        y, x = surroundings.used.nonzero().T - 63.5
+        rows = (place.motion @ torch.stack([x, y, torch.ones_like(x)]))[1]
+        assert float(rows.min()) >= padded - 0.5
 
 
 def test_the_defect_has_no_part_in_the_turn() -> None:
@@ -180,9 +196,19 @@ def test_a_little_light_does_not_change_the_turn() -> None:
     assert error(lit, good + light, roi) < 1.5 * error(plain, good, roi)
 
 
-@pytest.mark.parametrize("ring", [1, 3, 6, 40, 128])
+@pytest.mark.parametrize("ring", [1, 3, 6, 12, 40, 128])
 def test_any_ring_and_any_region_is_filled(ring: int) -> None:
-    for roi in (disc(0, 0, 9), disc(63, 127, 1), disc(63.5, 63.5, 50)):
-        valid = ~disc(0, 0, 9) | roi
-        fill = fill_roi(part(5), roi, kept(part(), part(9)), ring=ring, valid=valid)
+    """Also where but a few pixels are left to match by, which fill no cell of a small picture."""
+    everywhere, middle = disc(0, 0, 999), disc(50.5, 50.5, 1)  # 2 x 2 px
+    for roi, valid in [
+        (disc(0, 0, 9), everywhere),
+        (disc(63, 127, 1), everywhere),
+        (disc(63.5, 63.5, 50), everywhere),
+        (disc(50, 50, 0), disc(50, 51, 0)),
+        (disc(50, 50, 0), middle),
+        (disc(50.5, 50.5, 4) & ~middle, middle),
+        (disc(45, 50, 3), disc(45, 54, 0) | disc(49, 50, 0) | disc(41, 50, 0)),
+    ]:
+        fill = fill_roi(noise(1), roi, kept(part(), noise(2)), ring=ring, valid=valid | roi)
+        assert fill.kind == "exemplar"
         assert bool(fill.pixels.isfinite().all())

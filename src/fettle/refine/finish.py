@@ -127,7 +127,10 @@ def _mask(
                 snaps.append(_Mask(snap, read.soft, _SNAPPED[source]))
     candidates = snaps if config.snap == "always" and snaps else candidates + snaps
     best = candidates[0]
-    if len(candidates) > 1:
+    candidates = [one for one in candidates if bool(one.mask.any())]  # an empty mask refines nothing
+    if len(candidates) == 1:
+        best = candidates[0]
+    elif candidates:
         weight = config.lambda1 if config.choice_lambda is None else config.choice_lambda
         best = candidates[choose_mask([one.mask for one in candidates], problem, energy, weight)]
     pixels = cleaned(best.mask.cpu().numpy(), roi.cpu().numpy(), lengths)

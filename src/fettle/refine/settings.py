@@ -33,7 +33,8 @@ class F2PADConfig(BaseModel):
         ring: width of the surroundings that an exemplar is matched by, px.
         lambda1: weight of the sparsity. lambda2: weight of the total variation (free form).
         sparsity: of the free form: "group" over the three channels of a pixel, "l1" per channel, "none".
-        choice_lambda: weight of the area where the objective chooses between masks; None: lambda1.
+        choice_lambda: weight of the area where the objective chooses between masks; None: lambda1. With less
+            than the default, chosen on drawn defects, masks come out too large.
         iters: iterations at most; 0: none, the mask is the difference to the fill.
         eta, eta_free: largest step of the mask form (share), of the free form (intensity).
         step: "scalar" scales steps by one number a picture; "adam" the gradient's by one a pixel.
@@ -75,7 +76,7 @@ class F2PADConfig(BaseModel):
     lambda1: float = Field(default=0.6, ge=0, le=100)
     lambda2: float = Field(default=0.0, ge=0, le=100)
     sparsity: Literal["group", "l1", "none"] = "group"
-    choice_lambda: float | None = Field(default=None, ge=0, le=100)
+    choice_lambda: float | None = Field(default=2.0, ge=0, le=100)
     iters: int = Field(default=24, ge=0, le=500)
     eta: float = Field(default=0.3, gt=0, le=10)
     eta_free: float = Field(default=0.03, gt=0, le=10)
