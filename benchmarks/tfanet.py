@@ -204,7 +204,7 @@ def row(arm: str, runs: list[dict[str, Json]]) -> list[str]:
     metrics = [cast("dict[str, float]", result.get("mean", result)) for result in results]
     facts = [cast("dict[str, float]", run.get("fit", {})) for run in runs]
     extras = [cast("dict[str, float]", run.get("extra", {})) for run in runs]
-    shares = [one["own_token_share"] * one["tokens"] if "tokens" in one else None for one in extras]
+    shares = [one["own_token_share"] * one["tokens"] for one in extras if "tokens" in one]
     minutes = [cast(float, run["seconds_fit"]) / 60 for run in runs if "seconds_fit" in run]
     return [
         arm,
