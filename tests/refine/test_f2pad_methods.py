@@ -12,6 +12,7 @@ from conftest import TINY_LEVELS, textured
 from fettle.backbones import load_backbone
 from fettle.methods.patchcore import PatchCore, PatchCoreConfig
 from fettle.protocols import Crops
+from fettle.refine import f2pad
 from fettle.refine.energy import Box, WindowEnergy
 from fettle.refine.f2pad import GoodFacts, refine_f2pad
 from fettle.refine.references import References
@@ -123,3 +124,23 @@ def test_a_defect_on_texture_is_outlined(fitted: Fitted) -> None:
     assert answer.soft is not None
     found, true = answer.soft > 0.5, mask()
     assert float((found & true).sum() / (found | true).sum()) > 0.9
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_exemplars_turn_unless_told_otherwise(
+    fitted: Fitted, turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    whole = f2pad.fill_window
+
+    def spy(*parts: Any, **named: Any) -> Any:
+        told.append(named["turn"])
+        return whole(*parts, **named)
+
+    monkeypatch.setattr(f2pad, "fill_window", spy)
+    pictures = fitted.picture[None]
+    with torch.no_grad():
+        base = fitted.method(pictures, all_valid(pictures)).anomaly_map
+    config = F2PADConfig(snap="off", iters=0, turn=turn, time_cap_s=1000)
+    refine_f2pad(fitted.method, pictures, all_valid(pictures), base, fitted.facts, config, chosen=[True])
+    assert told == [turn]

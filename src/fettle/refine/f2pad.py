@@ -307,6 +307,7 @@ class _Refinement:
             self.frame,
             kind=self.config.fill,
             ring=self.lengths.ring,
+            turn=self.config.turn,
         )
         case.told |= {"fill": kind, "seconds_fill": time.perf_counter() - start}
         return pixels

@@ -30,6 +30,7 @@ class F2PADConfig(BaseModel):
         fill: what the region would look like if good: "exemplar" from good pictures, "diffusion" from the
             picture itself, "mean" of the good pictures at the same place.
         refs: good pictures that a model keeps for the fill; 0: none, and the fill is diffusion.
+        turn: exemplars are also turned and fitted between pixels; False: moved by whole pixels only.
         ring: width of the surroundings that an exemplar is matched by, px.
         lambda1: weight of the sparsity. lambda2: weight of the total variation (free form).
         sparsity: of the free form: "group" over the three channels of a pixel, "l1" per channel, "none".
@@ -72,6 +73,7 @@ class F2PADConfig(BaseModel):
     start: Literal["zero", "half", "full"] = "full"
     fill: Literal["exemplar", "diffusion", "mean"] = "exemplar"
     refs: int = Field(default=32, ge=0, le=256)
+    turn: bool = True
     ring: int = Field(default=12, ge=1, le=128)
     lambda1: float = Field(default=0.6, ge=0, le=100)
     lambda2: float = Field(default=0.0, ge=0, le=100)
