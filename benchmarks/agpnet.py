@@ -89,6 +89,8 @@ def cells() -> Iterator[Cell]:
         for data in ALONE:
             for method in ("agpnet", "uniad", "fpfnet"):
                 yield cell("oneclass", data, method, seed, method, steps=STEPS.get(method))
+    for data in ("magnetic_tile", "battery_weld"):  # beside TFA-Net's
+        yield cell("oneclass", data, "fpfnet", 0, "fpfnet", steps=STEPS.get("fpfnet"))
     for data in ALONE:
         for seed in SEEDS:
             for arm, settings in FIRST.items():
