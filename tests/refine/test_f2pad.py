@@ -88,6 +88,17 @@ def test_energies_far_from_the_regions_count_only_where_asked() -> None:
     assert everywhere.record.energy_before > 56.1
 
 
+def test_what_the_fill_leaves_counts_as_nothing_unless_told_otherwise() -> None:
+    """Good surface lies 0.1 above the hinge everywhere."""
+    method = GreyMethod(lambda z, pictures: z + 0.6)
+    (default,), (zero,) = (refine(method, grey_with(SQUARE), floor=floor) for floor in ("fill", "zero"))
+    assert default.record.energy_fill is not None and default.record.energy_fill > 0
+    assert default.record.objective_start == pytest.approx(0.6)
+    assert zero.record.energy_before is not None and zero.record.energy_fill is not None
+    left = zero.record.energy_fill / zero.record.energy_before
+    assert zero.record.objective_start == pytest.approx(0.6 + left, rel=1e-4)
+
+
 def test_map_keeps_the_base_outside_and_adds_inside() -> None:
     picture = grey_with(SQUARE)
     base = base_of(picture)

@@ -79,7 +79,7 @@ def finish(
         "objective_after": finite(solution.objective),
         "energy_after": finite(solution.energy),
     }
-    left = float(problem.share(torch.tensor([solution.energy])))
+    left = float(problem.share(problem.before.new_tensor([solution.energy])))
     case.end(*_state(solution, checked, left))
     accepted = [number for number, check in enumerate(checked, 1) if check.record.accepted]
     if accepted:
