@@ -114,10 +114,12 @@ def test_refined_share_is_above_a_half_exactly_in_the_mask() -> None:
     torch.testing.assert_close(share[8:, :28], (0.5 * mask + 0.5 * soft)[8:, :28], atol=5e-4, rtol=0)
 
 
-def test_refined_map_adds_and_caps() -> None:
-    base = torch.tensor([[0.5, 3.0, 1.0]])
-    share = torch.tensor([[0.0, 0.0, 0.75]])
-    assert refined_map(base, share, 2.0).tolist() == [[0.5, 2.0, 2.5]]
+def test_refined_map_adds_in_the_mask_and_holds_the_rest_of_the_region_down() -> None:
+    base = torch.tensor([[0.5, 3.0, 1.0, 1.0, 0.3]])
+    share = torch.tensor([[0.0, 0.0, 0.75, 0.4, 0.4]])
+    inside = torch.tensor([[False, False, True, True, True]])
+    found = refined_map(base, share, inside, 2.0)
+    torch.testing.assert_close(found, torch.tensor([[0.5, 2.0, 2.5, 0.5, 0.3]]))
 
 
 # --- the choice between masks

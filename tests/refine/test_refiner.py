@@ -77,8 +77,9 @@ def test_masks_are_the_square_and_its_map_is_above_all_else(name: str) -> None:
     expected[INSIDE] = True
     assert torch.equal(found.soft > 0.5, expected)
     assert bool(found.speaks.all())
-    outside = found.soft == 0
-    assert torch.equal(found.anomaly_map[outside], base[1].clamp_max(FACTS.peak)[outside])
+    corner = found.anomaly_map[:6, -6:]
+    assert torch.equal(corner, base[1].clamp_max(FACTS.peak)[:6, -6:])
+    assert float(found.anomaly_map[~expected].max()) <= FACTS.peak
     assert float(found.anomaly_map[expected].min()) > FACTS.peak / 2
     assert found.soft.shape == found.anomaly_map.shape == (SIDE, SIDE)
 

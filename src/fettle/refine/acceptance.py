@@ -32,7 +32,7 @@ class Checked(NamedTuple):
 @torch.no_grad()
 def check_components(
     picture: Tensor,
-    restored: Tensor,
+    restored: Tensor | None,
     mask: Tensor,
     difference: Tensor,
     roi: Roi,
@@ -46,7 +46,9 @@ def check_components(
     """The checks of each component of the regions.
 
     Args:
-        picture: X (3, H, W). restored: N, the solver's. difference: D. mask: M (H, W) bool.
+        picture: X (3, H, W). difference: D. mask: M (H, W) bool.
+        restored: N of the free form (3, H, W), which must also hold under a blur and noise. In the mask form,
+            None, N is X - M D: a mixture of two pictures hides nothing.
         roi: of the window.
         energy: of this window. batch: windows to compute at once.
         noise_floor: tau.
@@ -55,30 +57,32 @@ def check_components(
     """
     labels = torch.from_numpy(roi.labels).to(mask.device)
     parts = [mask & (labels == label) for label in range(1, roi.num_components + 1)]
-    replaced = [picture - part * difference for part in parts]
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(_NOISE_SEED)) * _NOISE
-    noise = noise.to(picture)
-    versions = torch.stack([picture, restored, picture - difference])
-    probes = torch.cat([versions, blurred(versions, _BLUR_SIGMA), (versions + noise).clamp(0, 1)])
-    excess = in_parts(energy, torch.cat([probes, torch.stack(replaced)]), batch)  # (9 + n, h, w)
+    good = picture - difference
+    versions = [picture, good, *(picture - part * difference for part in parts)]
+    if restored is not None:
+        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(_NOISE_SEED)) * _NOISE
+        probed = torch.stack([picture, restored, good])
+        versions += [*blurred(probed, _BLUR_SIGMA), *(probed + noise.to(picture)).clamp(0, 1)]
+    excess = in_parts(energy, torch.stack(versions), batch)
     least_visible = max(noise_floor / 4, _LEAST_VISIBLE)
-    change_size = (picture - restored).norm(dim=0)
+    change_size = (mask * difference if restored is None else picture - restored).norm(dim=0)
     checked = []
     for i, part in enumerate(parts):
         near = torch.from_numpy(widened(roi.labels == i + 1, around)).to(mask.device)
         patches = valid_tokens(near[None, None], (excess.shape[-2], excess.shape[-1]))[0]
         own = excess[:, patches].sum(dim=1).tolist()
-        floor = own[2] if above_fill else 0.0
-        before, left = own[0] - floor, own[len(probes) + i] - floor
+        floor = own[1] if above_fill else 0.0
+        before, left = own[0] - floor, own[2 + i] - floor
         rho = left / before if before > 0 else 1.0
         sufficient = bool(part.any()) and rho <= MAX_RHO
         if not sufficient:
             checked.append(Checked(_record(False, part, rho), False))
             continue
         visibility = float(change_size[part].quantile(0.95))
-        blur, noise_share = _left(*own[3:6]), _left(*own[6:9])
-        accepted = visibility >= least_visible and blur <= MAX_BLUR and noise_share <= MAX_NOISE
-        checked.append(Checked(_record(accepted, part, rho, visibility, blur, noise_share), True))
+        accepted, probes = visibility >= least_visible, own[2 + len(parts) :]
+        shares = [_left(*probes[:3]), _left(*probes[3:])] if probes else []
+        accepted &= all(share <= most for share, most in zip(shares, (MAX_BLUR, MAX_NOISE), strict=False))
+        checked.append(Checked(_record(accepted, part, rho, visibility, *shares), True))
     return checked
 
 

@@ -276,8 +276,13 @@ class _Refinement:
         before = energy(picture)
         roi = torch.stack([window[1] for window in windows])[:, None].float()
         filled = torch.stack([self._fill(case, *window) for case, window in zip(cases, windows, strict=True)])
+        after_fill = energy(filled)
+        strange = after_fill > _MAX_FILL_ENERGY * before
+        for row in strange.nonzero()[:, 0].tolist():
+            if cases[row].told["fill"] == "exemplar":  # what surrounds the region may fill it better
+                other = self._fill(cases[row], *windows[row], diffusion=True)
+                filled[row], after_fill[row] = other, energy.rows([row])(other[None])[0]
         difference = (picture - filled) * roi
-        after_fill = energy(picture - difference)
         for case, own, own_fill in zip(cases, before.tolist(), after_fill.tolist(), strict=True):
             if case.box != self.whole:
                 case.told["crop"] = (case.box.top, case.box.left, case.box.height)
@@ -296,13 +301,15 @@ class _Refinement:
         parts = (picture, roi, difference, before, after_fill, floor)
         return Problem(*(part[keep] for part in parts)), keep
 
-    def _fill(self, case: Case, picture: Tensor, roi: Tensor, valid: Tensor) -> Tensor:
+    def _fill(
+        self, case: Case, picture: Tensor, roi: Tensor, valid: Tensor, *, diffusion: bool = False
+    ) -> Tensor:
         start = time.perf_counter()
         pixels, kind = fill_window(
             picture,
             roi,
             valid,
-            self.references,
+            None if diffusion else self.references,
             case.box,
             self.frame,
             kind=self.config.fill,

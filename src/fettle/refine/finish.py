@@ -57,7 +57,7 @@ def finish(
     if config.acceptance:
         checked = check_components(
             problem.picture[0],
-            _restored(problem, solution, chosen),
+            problem.restored(solution.unknown[None])[0] if config.form == "free" else None,
             chosen.mask,
             problem.difference[0],
             roi,
@@ -137,13 +137,6 @@ def _mask(
     return best._replace(mask=torch.from_numpy(pixels).to(roi.device))
 
 
-def _restored(problem: Problem, solution: Solution, chosen: _Mask) -> Tensor:
-    """N, which the checks look at: the solver's, or X - M D where the mask is not from it, (3, h, w)."""
-    if chosen.source in ("solver", "solver_snap"):
-        return problem.restored(solution.unknown[None])[0]
-    return problem.picture[0] - chosen.mask * problem.difference[0]
-
-
 def _unchecked(mask: Tensor, roi: Roi) -> list[Checked]:
     """Every component accepted."""
     counts = np.bincount(roi.labels[mask.cpu().numpy()], minlength=roi.num_components + 1)
@@ -173,6 +166,7 @@ def _compose(case: Case, chosen: _Mask, accepted: Sequence[int], peak: float, ar
     inside = torch.from_numpy(passed[place]).to(device)
     share = torch.zeros_like(case.base, dtype=torch.float32)
     share[place] = refined_share(chosen.soft, chosen.mask & inside, inside)
+    whole = torch.from_numpy(passed).to(device)
     rejected = widened(case.roi.mask & ~passed, around)
     speaks = torch.from_numpy(~rejected | passed).to(device)
-    case.result = (refined_map(case.base, share, peak), share, speaks)
+    case.result = (refined_map(case.base, share, whole, peak), share, speaks)

@@ -111,9 +111,13 @@ class Refiner:
         mask = np.zeros((height, width), np.float32)
         mask[place] = found
         soft = torch.from_numpy(mask).to(base.device)
+        inside = torch.from_numpy(roi.mask).to(base.device)
         record = RefineRecord(refined="yes", applied=True).model_copy(update=known)
         return Refined(
-            refined_map(base[0], soft, self.facts.peak), soft, torch.ones_like(soft, dtype=torch.bool), record
+            refined_map(base[0], soft, inside, self.facts.peak),
+            soft,
+            torch.ones_like(soft, dtype=torch.bool),
+            record,
         )
 
     def describe(self) -> dict[str, Json]:

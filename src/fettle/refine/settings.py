@@ -122,7 +122,7 @@ class F2PADConfig(BaseModel):
 
 PRESETS: dict[str, F2PADConfig] = {
     "default": F2PADConfig(),
-    "compact": F2PADConfig(iters=16, share_window=5, max_roi_share=0.25, refs=16, time_cap_s=3),
+    "compact": F2PADConfig(iters=8, share_window=5, max_roi_share=0.25, refs=16, time_cap_s=3),
 }
 """By name; "compact" is for two cores and framed pictures of 256 px."""
 
