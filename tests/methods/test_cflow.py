@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ from conftest import textured, write_good
 from fettle.backbones.registry import find_entry
 from fettle.detector import Detector
 from fettle.errors import ConfigError, DataError, UsageError
-from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity
+from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity, tempered
 from fettle.methods.registry import make_config
 from fettle.protocols import BackboneSpec, Batch, Crops, FeatureBatch, Finishes, Level, Run, Step, Trained
 from fettle.training import learning_rate, planned_steps
@@ -300,7 +301,7 @@ def test_levels_are_joined_by_their_mean_on_the_finest_grid() -> None:
     energies = method._energies(views, all_valid(views))
     expected = torch.zeros(2, 8, 8)
     for density, energy in zip(method.densities, energies, strict=True):
-        z = cast(LevelDensity, density).scale(energy)
+        z = tempered(cast(LevelDensity, density).scale(energy))
         expected += F.interpolate(z[:, None], size=(8, 8), mode="bilinear", align_corners=False)[:, 0] / 3
     torch.testing.assert_close(method.patch_energy(views, all_valid(views)), expected)
     method.settle(torch.linspace(1, 3, 101))  # median 2, rare 2.98
@@ -331,15 +332,21 @@ def test_probability_map_is_the_published_one_with_a_fixed_reference() -> None:
     assert torch.equal(maps.score, maps.anomaly_map.flatten(1).amax(dim=1))
 
 
+def test_tempered_energies_are_bounded_and_keep_their_order() -> None:
+    z = torch.tensor([-1.5, 0.0, 1.0, 2.0, 1e9])
+    expected = torch.tensor([-1.5, 0.0, 2 * (1 - math.exp(-0.5)), 2 * (1 - math.exp(-1)), 2.0])
+    torch.testing.assert_close(tempered(z), expected)
+    near = torch.tensor([-1e-3, 1e-3])
+    torch.testing.assert_close(tempered(near), near, rtol=1e-3, atol=0)  # it joins on with slope 1
+
+
 @torch.no_grad()
-def test_probability_of_a_defect_saturates_and_its_energy_does_not() -> None:
-    spot, worse = pictures(1, first=9), pictures(1, first=9)
-    spot[..., 16:48, 16:48] += 3
-    worse[..., 16:48, 16:48] += 6
-    for form, saturates in (("prob", True), ("nll", False)):
-        method = prepared(score_form=form, sigma=0)
-        one, other = (float(method(views, all_valid(views)).score) for views in (spot, worse))
-        assert (abs(other - one) < 1e-3) is saturates
+def test_no_level_drowns_the_others() -> None:
+    """The wildest picture scores at most what every level's bound gives."""
+    method = prepared(sigma=0)
+    wild = 40 * torch.rand(1, 3, 64, 64)
+    maps = method(wild, all_valid(wild))
+    assert 1.9 < float(maps.score) <= 2 + 1e-6
 
 
 @pytest.mark.parametrize("score_form", ["nll", "prob"])
