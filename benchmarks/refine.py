@@ -59,7 +59,7 @@ COARSE = {
     "battery_weld": ("defective",),
 }
 REFINERS = ("none", "blur", "guided", "grabcut", "difference", "f2pad")
-MOST_DEFECTIVE, MOST_GOOD = 20, 10
+MOST_DEFECTIVE, MOST_COARSE, MOST_GOOD = 20, 10, 10
 ABLATION_PARTS = 4
 NO_CAP: Mapping[str, object] = {"time_cap_s": 1000.0}
 SHOWN = ("pixel_auroc", "pixel_ap", "aupro", "iou", "boundary_f", "hd95")
@@ -146,7 +146,7 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
     good = chosen_by_content([r for r in dataset.for_testing() if r.is_good], MOST_GOOD)
     defective = [r for r in dataset.for_testing() if not r.is_good and r.mask is not None]
     tight = chosen_by_content([r for r in defective if r.defect not in coarse], MOST_DEFECTIVE)
-    loose = chosen_by_content([r for r in defective if r.defect in coarse], MOST_DEFECTIVE)
+    loose = chosen_by_content([r for r in defective if r.defect in coarse], MOST_COARSE)
     refiners = {name: (name, NO_CAP if name in ("difference", "f2pad") else {}) for name in REFINERS}
     fields = {
         name: ("f2pad", {**NO_CAP, **fields})

@@ -67,7 +67,7 @@ def grey_facts(side: int = SIDE, **changed: Any) -> GoodFacts:
     references = References.from_views(
         torch.full((2, 3, side, side), 0.5), torch.ones(2, 1, side, side, dtype=torch.bool)
     )
-    facts = GoodFacts(roi_high=1.5, peak=2.0, noise_floor=0.2, references=references)
+    facts = GoodFacts(roi_high=1.5, peak=2.0, hold=0.5, noise_floor=0.2, references=references)
     return facts._replace(**changed)
 
 

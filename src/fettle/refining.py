@@ -216,6 +216,7 @@ def _facts(judged: Judged, calibration: Calibration, looked: _Looked, floor: flo
     return RefineFacts(
         roi_high=max(float(np.quantile(looked.peaks, _HIGH_SHARE)), 1.0),
         peak=peak if peak > 0 else _PEAK * 1e-6,
+        hold=threshold,
         noise_floor=floor or None,
         flat=_is_flat(judged),
         lighter={"blur": scale_of("blur"), "guided": scale_of("guided")},

@@ -52,6 +52,7 @@ def fitted() -> Fitted:
     facts = GoodFacts(
         roi_high=float(energies.flatten(1).amax(dim=1).quantile(0.9)),
         peak=4 * float(maps.flatten().quantile(0.999)),
+        hold=float(maps.flatten().quantile(0.999)),
         noise_floor=0.1,
         references=References.from_views(good, all_valid(good)),
     )

@@ -17,7 +17,13 @@ LIGHTER = {"blur": LighterScale(0.1 + 0.2, 0.7), "guided": LighterScale(2.0, -1 
 
 
 def facts(**changed: Any) -> RefineFacts:
-    fields: dict[str, Any] = {"roi_high": 1.1, "peak": 4.3, "noise_floor": 0.21, "lighter": LIGHTER}
+    fields: dict[str, Any] = {
+        "roi_high": 1.1,
+        "peak": 4.3,
+        "hold": 2.2,
+        "noise_floor": 0.21,
+        "lighter": LIGHTER,
+    }
     return RefineFacts(**{**fields, **changed})
 
 
@@ -57,7 +63,7 @@ def test_f2pad_gets_the_numbers_and_the_references() -> None:
         torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 1, 8, 8, dtype=torch.bool)
     )
     good = facts(flat=True).with_references(references)
-    assert (good.roi_high, good.peak, good.noise_floor, good.flat) == (1.1, 4.3, 0.21, True)
+    assert (good.roi_high, good.peak, good.hold, good.noise_floor, good.flat) == (1.1, 4.3, 2.2, 0.21, True)
     assert good.references is references
 
 

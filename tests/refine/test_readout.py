@@ -118,7 +118,7 @@ def test_refined_map_adds_in_the_mask_and_holds_the_rest_of_the_region_down() ->
     base = torch.tensor([[0.5, 3.0, 1.0, 1.0, 0.3]])
     share = torch.tensor([[0.0, 0.0, 0.75, 0.4, 0.4]])
     inside = torch.tensor([[False, False, True, True, True]])
-    found = refined_map(base, share, inside, 2.0)
+    found = refined_map(base, share, inside, peak=2.0, hold=0.5)
     torch.testing.assert_close(found, torch.tensor([[0.5, 2.0, 2.5, 0.5, 0.3]]))
 
 

@@ -23,6 +23,7 @@ from refine_toys import SIDE, SQUARE, GreyMethod, all_valid, grey_facts, grey_wi
 FACTS = RefineFacts(
     roi_high=1.5,
     peak=2.0,
+    hold=0.5,
     noise_floor=0.2,
     lighter={"blur": LighterScale(3.0, 0.5), "guided": LighterScale(7.0, -0.25)},
 )

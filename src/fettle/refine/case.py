@@ -23,6 +23,8 @@ class GoodFacts(NamedTuple):
         roi_high: 90 % quantile, over good pictures, of a picture's largest settled patch energy.
         peak: where the refined map's two halves meet, in the base map's unit, above 0: 4 times the 99.9 %
             quantile of good pixels' base map.
+        hold: what the base map is held down to where the mask of a refined region says good: the pixel
+            threshold.
         noise_floor: tau, the difference that fills of good pictures have; None: not measured.
         references: good pictures in the frame; None: fills are by diffusion.
         flat: the scale of the patch energy means nothing, because good patches' energies are all alike.
@@ -30,6 +32,7 @@ class GoodFacts(NamedTuple):
 
     roi_high: float
     peak: float
+    hold: float
     noise_floor: float | None = None
     references: References | None = None
     flat: bool = False

@@ -32,6 +32,7 @@ from fettle.refine.solver import Problem, solve
 __all__ = ["GoodFacts", "Refined", "refine_f2pad"]
 
 _CROP_TOLERANCE = 0.1  # median difference of patch energies between crop and frame
+_MOST_REL = 0.9  # share of a component's peak that a region is cut at
 _MAX_FILL_ENERGY = 0.9  # E(F) / E(X)
 _DEFAULT_NOISE_FLOOR = 16 / 255  # with it the least visible change is the same as by its other bound
 
@@ -168,20 +169,23 @@ class _Refinement:
     def _find_roi(self, case: Case, pixel: NDArray[np.float32]) -> None:
         config, valid = self.config, case.valid.cpu().numpy()
         case.roi = of_mask(valid)
-        if config.roi:
+        most = config.max_roi_share * valid.sum()
+        for rel in (config.roi_rel, 2 * config.roi_rel, 4 * config.roi_rel) if config.roi else ():
             case.roi = find_roi(
                 pixel,
                 valid,
                 high=self.facts.roi_high,
                 low=config.roi_low,
-                rel=config.roi_rel,
+                rel=min(rel, _MOST_REL),
                 dilate=self.lengths.dilate,
             )
+            if case.roi.mask.sum() <= most:
+                break
         num_pixels = int(case.roi.mask.sum())
         case.told["roi_pixels"] = num_pixels
         if not num_pixels:
             case.end("empty_roi")
-        elif config.roi and num_pixels > config.max_roi_share * valid.sum():
+        elif config.roi and num_pixels > most:
             case.end("gate", "roi_too_large")
         else:
             case.box = self._crop(case.roi) or self.whole
@@ -264,7 +268,7 @@ class _Refinement:
                         self.config,
                         self.lengths,
                         noise_floor=self.noise_floor,
-                        peak=self.facts.peak,
+                        facts=self.facts,
                         batch=self._batch_size(case.box.height, case.box.width),
                     )
 

@@ -28,7 +28,7 @@ class RefineFacts(BaseModel):
     """Numbers from good pictures that were not learnt from.
 
     Attributes:
-        roi_high, peak, noise_floor, flat: see `f2pad.GoodFacts`.
+        roi_high, peak, hold, noise_floor, flat: see `f2pad.GoodFacts`.
         lighter: how less blurred maps come to the base map's unit.
         measured: False where the model was fitted without, and these are stand-ins.
     """
@@ -37,6 +37,7 @@ class RefineFacts(BaseModel):
 
     roi_high: FiniteFloat
     peak: FiniteFloat = Field(gt=0)
+    hold: FiniteFloat
     noise_floor: FiniteFloat | None = Field(default=None, gt=0)
     flat: bool = False
     lighter: Mapping[LighterName, LighterScale]
@@ -51,13 +52,12 @@ class RefineFacts(BaseModel):
 
     def with_references(self, references: References | None) -> GoodFacts:
         """As F2PAD takes them."""
-        return GoodFacts(self.roi_high, self.peak, self.noise_floor, references, self.flat)
+        return GoodFacts(self.roi_high, self.peak, self.hold, self.noise_floor, references, self.flat)
 
 
 def stand_in_facts(pixel_threshold: float | None) -> RefineFacts:
     """For a model that was fitted without: a rare good patch, 1, then lies at the pixel threshold."""
     level = pixel_threshold if pixel_threshold is not None and pixel_threshold > 0 else 1.0
     scale = LighterScale(level, 0.0)
-    return RefineFacts(
-        roi_high=_HIGH, peak=4 * level, lighter={"blur": scale, "guided": scale}, measured=False
-    )
+    lighter: dict[LighterName, LighterScale] = {"blur": scale, "guided": scale}
+    return RefineFacts(roi_high=_HIGH, peak=4 * level, hold=level, lighter=lighter, measured=False)

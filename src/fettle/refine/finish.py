@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fettle.refine.acceptance import Checked, check_components
-from fettle.refine.case import Case
+from fettle.refine.case import Case, GoodFacts
 from fettle.refine.energy import WindowEnergy
 from fettle.refine.grabcut import have_opencv
 from fettle.refine.readout import choose_mask, cleaned, read_out, refined_map, refined_share, snapped
@@ -41,14 +41,14 @@ def finish(
     lengths: Lengths,
     *,
     noise_floor: float,
-    peak: float,
+    facts: GoodFacts,
     batch: int,
 ) -> None:
     """End a case.
 
     Args:
         problem, energy: of this window alone.
-        peak: as in `GoodFacts`. noise_floor: tau. batch: windows to compute at once.
+        noise_floor: tau. batch: windows to compute at once.
     """
     assert case.roi is not None
     place = case.box.window
@@ -83,7 +83,7 @@ def finish(
     case.end(*_state(solution, checked, left))
     accepted = [number for number, check in enumerate(checked, 1) if check.record.accepted]
     if accepted:
-        _compose(case, chosen, accepted, peak, lengths.around)
+        _compose(case, chosen, accepted, facts, lengths.around)
 
 
 def _mask(
@@ -157,7 +157,7 @@ def _state(solution: Solution, checked: Sequence[Checked], left: float) -> tuple
     return "gate", "insufficient"
 
 
-def _compose(case: Case, chosen: _Mask, accepted: Sequence[int], peak: float, around: float) -> None:
+def _compose(case: Case, chosen: _Mask, accepted: Sequence[int], facts: GoodFacts, around: float) -> None:
     """The frame's map, read-out and where they count (7.6)."""
     assert case.roi is not None
     passed = np.isin(case.roi.labels, accepted)
@@ -169,4 +169,5 @@ def _compose(case: Case, chosen: _Mask, accepted: Sequence[int], peak: float, ar
     whole = torch.from_numpy(passed).to(device)
     rejected = widened(case.roi.mask & ~passed, around)
     speaks = torch.from_numpy(~rejected | passed).to(device)
-    case.result = (refined_map(case.base, share, whole, peak), share, speaks)
+    refined = refined_map(case.base, share, whole, peak=facts.peak, hold=facts.hold)
+    case.result = (refined, share, speaks)

@@ -20,7 +20,6 @@ from fettle.refine.guided import guided_filter
 from fettle.refine.settings import F2PADConfig, Lengths
 from fettle.refine.solver import Problem
 
-_PEAK_PER_RARE = 4  # the peak is this many times what one in a thousand good pixels exceeds
 _EIGHT = np.ones((3, 3), dtype=bool)
 _LEAST_SHARE = 0.02  # of V: below it nothing is replaced
 _LARGEST = 0.95  # quantile of V where it is not 0
@@ -142,14 +141,13 @@ def refined_share(soft: Tensor, mask: Tensor, roi: Tensor) -> Tensor:
     return (0.5 * mask + 0.5 * inside) * roi
 
 
-def refined_map(base: Tensor, share: Tensor, inside: Tensor, peak: float) -> Tensor:
+def refined_map(base: Tensor, share: Tensor, inside: Tensor, *, peak: float, hold: float) -> Tensor:
     """2 peak S of section 7.6: the base map up to `peak`, plus `peak` times r' in the mask, where r' is above
-    a half. In the rest of the regions that passed the base map is held down to what few good pixels exceed:
-    the mask has taken the decision there.
+    a half. In the rest of the regions that passed the base map is held down to `hold`: the mask has decided.
 
     Args:
         base: (H, W); the answer has its unit. share: r'. inside: the regions that passed.
     """
     mask = share > 0.5
-    held = torch.where(inside & ~mask, base.clamp_max(peak / _PEAK_PER_RARE), base.clamp_max(peak))
+    held = torch.where(inside & ~mask, base.clamp_max(min(hold, peak)), base.clamp_max(peak))
     return held + peak * share * mask

@@ -114,7 +114,7 @@ class Refiner:
         inside = torch.from_numpy(roi.mask).to(base.device)
         record = RefineRecord(refined="yes", applied=True).model_copy(update=known)
         return Refined(
-            refined_map(base[0], soft, inside, self.facts.peak),
+            refined_map(base[0], soft, inside, peak=self.facts.peak, hold=self.facts.hold),
             soft,
             torch.ones_like(soft, dtype=torch.bool),
             record,
