@@ -154,17 +154,14 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
         if name in CORE or all_rows(method, int(seed))
     }
     if group == "ablation":
-        return {"ablation": refine_and_measure(detector, tight, fields)}
+        return refine_and_measure(detector, {"ablation": tight}, fields)
     if group == "chosen":
-        return {"chosen": refine_and_measure(detector, [*tight, *good], {**refiners, **fields})}
-    found = {
-        part: refine_and_measure(detector, [*records, *good], refiners)
-        for part, records in (("tight", tight), ("coarse", loose))
-        if records
-    }
+        return refine_and_measure(detector, {"chosen": [*tight, *good]}, {**refiners, **fields})
+    parts = {"tight": [*tight, *good], "coarse": [*loose, *good]}
+    found = refine_and_measure(detector, parts if loose else {"tight": parts["tight"]}, refiners)
     if data.startswith(PARTS):
-        found["ablation"] = refine_and_measure(detector, tight[:ABLATION_PARTS], fields)
-    return cast("dict[str, Json]", found)
+        found |= refine_and_measure(detector, {"ablation": tight[:ABLATION_PARTS]}, fields)
+    return found
 
 
 def table() -> None:

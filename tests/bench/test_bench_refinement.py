@@ -62,12 +62,11 @@ def test_gated_takes_the_base_where_the_verdict_is_ok(records: list[Record]) -> 
     detector = StubDetector(
         {"good0": Verdict.OK, "good1": Verdict.OK, "bad0": Verdict.REJECT, "bad1": Verdict.OK}
     )
-    found = cast(
-        "dict[str, dict[str, dict[str, Any]]]",
-        refine_and_measure(
-            cast(Detector, detector), records, {"none": ("none", {}), "f2pad": ("f2pad", {"iters": 3})}
-        ),
-    )
+    arms: dict[str, tuple[str, dict[str, object]]] = {"none": ("none", {}), "f2pad": ("f2pad", {"iters": 3})}
+    parts = {"whole": records, "half": records[:3]}
+    measured = refine_and_measure(cast(Detector, detector), parts, arms)
+    half, found = (cast("dict[str, dict[str, dict[str, Any]]]", measured[name]) for name in ("half", "whole"))
+    assert half["f2pad"]["gated"]["iou"] == pytest.approx(1.0)
     assert found["none"]["all"]["iou"] == pytest.approx(0.5)
     assert found["none"]["gated"]["iou"] == pytest.approx(0.5)
     assert found["f2pad"]["all"]["iou"] == pytest.approx(1.0)

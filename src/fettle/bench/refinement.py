@@ -22,44 +22,60 @@ BY_DEFECT = ("num_defective", "pixel_ap", "aupro", "iou", "boundary_f", "hd95")
 
 
 def refine_and_measure(
-    detector: Detector, records: Sequence[Record], arms: Mapping[str, tuple[str, Mapping[str, object]]]
+    detector: Detector,
+    parts: Mapping[str, Sequence[Record]],
+    arms: Mapping[str, tuple[str, Mapping[str, object]]],
 ) -> dict[str, Json]:
-    """Figures by arm and mode: "all" refines every picture, "gated" those whose verdict is not ok.
+    """Figures by part, arm and mode: "all" refines every picture, "gated" those whose verdict is not ok.
 
     Args:
-        records: labelled pictures, good ones too.
+        parts: labelled pictures, good ones too, by the part's name; one may be in several.
         arms: a refiner's name and the fields to change, by the arm's name.
     """
-    found: dict[str, Json] = {}
-    base = {record.path: _inspect(detector, record, "none", {}) for record in records}
+    records = {record.path: record for part in parts.values() for record in part}
+    base = {path: _inspect(detector, record, "none", {}) for path, record in records.items()}
+    found: dict[str, dict[str, Json]] = {name: {} for name in parts}
     for arm, (refiner, fields) in arms.items():
-        evaluations = {mode: _evaluation(detector) for mode in ("all", "gated")}
-        states: Counter[str] = Counter()
-        for record in records:
-            plain = base[record.path]
-            refined = plain if refiner == "none" else _inspect(detector, record, refiner, fields)
-            if refined is None or plain is None:
-                continue
-            if refined.refinement is not None:
-                state, reason = refined.refinement["refined"], refined.refinement.get("gate_reason")
-                states[f"{state} {reason}" if reason else str(state)] += not record.is_good
-            mask = None
-            if record.mask is not None:
-                mask = read_mask(record.mask, refined.anomaly_map.shape)[0]
-            evaluations["all"].update(refined, record.defect, mask)
-            as_used = plain if plain.verdict is Verdict.OK else refined
-            evaluations["gated"].update(as_used, record.defect, mask)
-        modes: dict[str, Json] = {}
-        for mode, evaluation in evaluations.items():
-            result = evaluation.compute(0.0)
-            by_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
-            modes[mode] = {
-                **{key: result[key] for key in KEYS},
-                "per_defect": {name: {key: own[key] for key in BY_DEFECT} for name, own in by_defect.items()},
-                **({"states": dict(states)} if mode == "all" else {}),
-            }
-        found[arm] = modes
-    return found
+        refined = base
+        if refiner != "none":
+            refined = {path: _inspect(detector, record, refiner, fields) for path, record in records.items()}
+        for name, part in parts.items():
+            answers = [(one, base[one.path], refined[one.path]) for one in part]
+            found[name][arm] = _figures(
+                detector,
+                [
+                    (one, plain, sharp)
+                    for one, plain, sharp in answers
+                    if plain is not None and sharp is not None
+                ],
+            )
+    return cast("dict[str, Json]", found)
+
+
+def _figures(detector: Detector, answers: Sequence[tuple[Record, Inspection, Inspection]]) -> Json:
+    """By mode, of records with their plain and their refined answers."""
+    evaluations = {mode: _evaluation(detector) for mode in ("all", "gated")}
+    states: Counter[str] = Counter()
+    for record, plain, refined in answers:
+        if refined.refinement is not None:
+            state, reason = refined.refinement["refined"], refined.refinement.get("gate_reason")
+            states[f"{state} {reason}" if reason else str(state)] += not record.is_good
+        mask = None
+        if record.mask is not None:
+            mask = read_mask(record.mask, refined.anomaly_map.shape)[0]
+        evaluations["all"].update(refined, record.defect, mask)
+        as_used = plain if plain.verdict is Verdict.OK else refined
+        evaluations["gated"].update(as_used, record.defect, mask)
+    modes: dict[str, Json] = {}
+    for mode, evaluation in evaluations.items():
+        result = evaluation.compute(0.0)
+        by_defect = cast("dict[str, dict[str, Json]]", result["per_defect"])
+        modes[mode] = {
+            **{key: result[key] for key in KEYS},
+            "per_defect": {name: {key: own[key] for key in BY_DEFECT} for name, own in by_defect.items()},
+            **({"states": dict(states)} if mode == "all" else {}),
+        }
+    return modes
 
 
 def _evaluation(detector: Detector) -> Evaluation:
