@@ -56,6 +56,15 @@ def test_a_network_that_runs_its_parts_in_another_order_is_left_alone() -> None:
     assert fold_batch_norm(net, 16) is net
 
 
+def test_a_gradient_may_be_asked_after_a_first_pass_in_inference_mode() -> None:
+    backbone = load_backbone("efficientnet_lite0", ["stride8"], weights="random")
+    with torch.inference_mode():
+        backbone(torch.rand(1, 3, 64, 64), ["stride8"])
+    pictures = torch.rand(1, 3, 64, 64, requires_grad=True)
+    backbone(pictures, ["stride8"])["stride8"].sum().backward()
+    assert pictures.grad is not None and pictures.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_backbone_runs_folded_and_keeps_its_own_weights() -> None:
     backbone = load_backbone("efficientnet_lite0", ["stride8"], weights="random")

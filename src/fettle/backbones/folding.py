@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 _ALIKE = 1e-4  # largest difference of a level that rounding explains, relative to its largest value
 
 
+@torch.inference_mode(False)  # a gradient may be asked of the copy later
 @torch.no_grad()
 def fold_batch_norm(net: nn.Module, side: int) -> nn.Module:
     """A copy of a network in eval mode in which no batch norm is left that follows a convolution.
