@@ -26,12 +26,13 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import cast
 
-from fettle.bench import Cell, read_records, run_cells, spread
+from fettle.bench import Cell, read_records, run_cells
 from fettle.bench.real_pictures import open_real
 from fettle.bench.records import record_path
 from fettle.bench.refinement import refine_and_measure
@@ -62,7 +63,11 @@ REFINERS = ("none", "blur", "guided", "grabcut", "difference", "f2pad")
 MOST_DEFECTIVE, MOST_COARSE, MOST_GOOD = 20, 10, 10
 ABLATION_PARTS = 4
 NO_CAP: Mapping[str, object] = {"time_cap_s": 1000.0}
-SHOWN = ("pixel_auroc", "pixel_ap", "aupro", "iou", "boundary_f", "hd95")
+REAL = tuple(FRAMES)
+STRUCTURAL = (  # kinds whose colours good surface has too
+    *("manipulated_front", "thread_side", "thread_top"),
+    *("missing", "dent", "broken_pick", "break", "fray", "uneven", "defective"),
+)
 ABLATIONS: dict[str, dict[str, object]] = {
     "default": {},
     **{f"kappa_{name}": {"kappa": kappa} for name, kappa in (("none", None), ("0", 0.0), ("1", 1.0))},
@@ -164,27 +169,139 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
     return found
 
 
+Figures = Mapping[str, float | None]
+Run = Mapping[str, Mapping[str, Figures]]  # of one fit: arm, mode
+
+
 def table() -> None:
-    """Means over seeds, by data and method."""
+    """Markdown of what there is, means over seeds."""
     records = read_records(RECORDS)
-    found: dict[tuple[str, ...], dict[str, list[dict[str, float]]]] = {}
-    for one in cells():
-        group, data, method, *_ = one.name.split("-")
-        extra = cast("dict[str, Json]", records.get(one.name, {}).get("extra", {}))
-        for part, by_arm in cast("dict[str, dict[str, dict[str, dict[str, float]]]]", extra).items():
-            for arm, modes in by_arm.items():
-                for mode, metrics in modes.items():
-                    rows = found.setdefault((group, data, method, part, mode), {})
-                    rows.setdefault(arm, []).append(metrics)
-    for (group, data, method, part, mode), rows in found.items():
-        print(f"\n### {group}: {data}, {method}, {part} masks, {mode}\n")
-        print(
-            f"| refiner | seeds | {' | '.join(SHOWN)} | s a refined picture |\n|{'---|' * (len(SHOWN) + 3)}"
+    for title, part, mode in (
+        ("Tight masks, every picture refined", "tight", "all"),
+        ("Tight masks, as used: verdicts other than ok refined", "tight", "gated"),
+        ("Coarse masks, every picture refined", "coarse", "all"),
+    ):
+        print(f"\n#### {title}: pixel AP / IoU / boundary F\n")
+        print_rows(records, "main", part, mode, REFINERS, (*REAL, "parts"), BASES, figures_of)
+        if part == "tight":
+            print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
+            print_rows(records, "main", part, mode, REFINERS[1:], (*REAL, "parts"), BASES, change_of)
+    print("\n#### The other methods, one seed, every picture refined: pixel AP / IoU / boundary F\n")
+    print_rows(records, "main", "tight", "all", REFINERS, REAL, OTHERS, figures_of)
+    for group, structural in (("colours of their own", False), ("structure", True)):
+        print(f"\n#### Kinds told by {group}: IoU / boundary F\n")
+        show = partial(group_of, structural=structural)
+        print_rows(
+            records, "main", "tight", "all", ("none", "grabcut", "f2pad"), (*REAL, "parts"), BASES, show
         )
-        for arm, runs in rows.items():
-            cells_of = [spread([run[key] for run in runs]) for key in SHOWN]
-            seconds = spread([run["seconds_per_refined_image"] for run in runs])
-            print(f"| {arm} | {len(runs)} | {' | '.join(cells_of)} | {seconds} |")
+    print("\n#### Ablation, defective pictures: IoU / boundary F\n")
+    print_rows(records, "ablation", "ablation", "all", ABLATIONS, ("screw", "magnetic_tile"), BASES, masks_of)
+    print_rows(records, "main", "ablation", "all", ABLATIONS, ("parts",), BASES, masks_of)
+    print("\n#### How the values were chosen, drawn defects: pixel AP / IoU / boundary F\n")
+    drawn = tuple(f"drawn_{data}" for data in REAL)
+    print_rows(records, "chosen", "chosen", "all", (*REFINERS, *ABLATIONS), drawn, ("patchcore",), figures_of)
+
+
+def print_rows(
+    records: Mapping[str, Mapping[str, Json]],
+    group: str,
+    part: str,
+    mode: str,
+    arms: Iterable[str],
+    of_data: Sequence[str],
+    methods: Sequence[str],
+    show: Callable[[Sequence[Run], str, str], str],
+) -> None:
+    """A table: rows by data and arm, a column for each method."""
+    print(f"| data | refiner | {' | '.join(methods)} |\n|{'---|' * (len(methods) + 2)}")
+    arms = tuple(arms)
+    for data in of_data:
+        by_method = {method: runs_of(records, group, data, method, part) for method in methods}
+        for arm in arms:
+            known = {method: [run for run in runs if arm in run] for method, runs in by_method.items()}
+            if any(known.values()):
+                row = [show(runs, arm, mode) if runs else "" for runs in known.values()]
+                print(f"| {data} | {arm} | {' | '.join(row)} |")
+
+
+def runs_of(
+    records: Mapping[str, Mapping[str, Json]], group: str, data: str, method: str, part: str
+) -> list[Run]:
+    """One for each seed; of "parts" the means over the products, where all are there."""
+    products = tuple(f"{PARTS}{product}" for product in PRODUCTS) if data == "parts" else (data,)
+    found = []
+    for seed in SEEDS:
+        runs = [
+            cast("Mapping[str, Run]", record["extra"])[part]
+            for product in products
+            for record in [record_of(records, f"{group}-{product}-{method}-", seed)]
+            if record is not None and part in cast("Mapping[str, Run]", record["extra"])
+        ]
+        if len(runs) == len(products):
+            found.append(runs[0] if len(runs) == 1 else mean_run(runs))
+    return found
+
+
+def record_of(records: Mapping[str, Mapping[str, Json]], start: str, seed: int) -> Mapping[str, Json] | None:
+    names = [name for name in records if name.startswith(start) and name.endswith(f"-{seed}")]
+    return records[names[0]] if names else None
+
+
+def mean_run(runs: Sequence[Run]) -> Run:
+    """Means over products; of kinds the mean over the products that have them."""
+
+    def means(parts: Sequence[Figures]) -> dict[str, float | None]:
+        keys = [key for key in parts[0] if not isinstance(parts[0][key], dict)]
+        known = {key: [one[key] for one in parts if one.get(key) is not None] for key in keys}
+        return {key: fmean(cast("list[float]", values)) if values else None for key, values in known.items()}
+
+    found: dict[str, dict[str, dict[str, object]]] = {}
+    for arm in runs[0]:
+        for mode in runs[0][arm]:
+            own = [run[arm][mode] for run in runs]
+            kinds: dict[str, list[Figures]] = {}
+            for one in own:
+                for kind, figures in cast("Mapping[str, Figures]", one["per_defect"]).items():
+                    kinds.setdefault(kind, []).append(figures)
+            by_kind = {kind: means(of_kind) for kind, of_kind in kinds.items()}
+            found.setdefault(arm, {})[mode] = {**means(own), "per_defect": by_kind}
+    return cast("Run", found)
+
+
+def figures_of(runs: Sequence[Run], arm: str, mode: str) -> str:
+    return shown([[run[arm][mode][key] for run in runs] for key in ("pixel_ap", "iou", "boundary_f")])
+
+
+def masks_of(runs: Sequence[Run], arm: str, mode: str) -> str:
+    return shown([[run[arm][mode][key] for run in runs] for key in ("iou", "boundary_f")])
+
+
+def change_of(runs: Sequence[Run], arm: str, mode: str) -> str:
+    """Against the method's own map, points."""
+    changes = [
+        [100 * (cast(float, run[arm][mode][key]) - cast(float, run["none"][mode][key])) for run in runs]
+        for key in ("pixel_auroc", "aupro")
+    ]
+    return " / ".join(f"{fmean(change):+.1f}" for change in changes)
+
+
+def group_of(runs: Sequence[Run], arm: str, mode: str, *, structural: bool) -> str:
+    """Means over the kinds of a group."""
+    chosen = [
+        [own for kind, own in of_kind.items() if (kind in STRUCTURAL) is structural]
+        for of_kind in (cast("Mapping[str, Figures]", run[arm][mode]["per_defect"]) for run in runs)
+    ]
+    if not all(chosen):
+        return ""
+    return shown(
+        [[fmean(own[key] or 0.0 for own in kinds) for kinds in chosen] for key in ("iou", "boundary_f")]
+    )
+
+
+def shown(of_keys: Sequence[Sequence[float | None]]) -> str:
+    """Means over seeds, and how many."""
+    means = [fmean(value for value in values if value is not None) for values in of_keys]
+    return f"{' / '.join(f'{value:.3f}' for value in means)} ({len(of_keys[0])})"
 
 
 if __name__ == "__main__":
@@ -195,7 +312,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD")
     arguments = parser.parse_args()
     if arguments.action == "table":
-        sys.exit(table())
+        table()
+        sys.exit()
     chosen = [one for one in cells() if all(word in one.name for word in arguments.only)]
     if arguments.action == "list":
         missing = [one.name for one in chosen if not record_path(RECORDS, one.name).exists()]
