@@ -64,7 +64,7 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """Every cell, those that share features side by side."""
     methods = {
-        "tf_efficientnet_lite2": ("patchcore", "padim"),
+        "tf_efficientnet_lite2": ("patchcore", "padim", "cflow"),
         "resnet18": ("patchcore", "padim"),
         "resnet50_keras": ("patchcore",),
         "vit_small_patch14": ("patchcore",),
