@@ -162,8 +162,8 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
         return refine_and_measure(detector, {"ablation": tight}, fields)
     if group == "chosen":
         return refine_and_measure(detector, {"chosen": [*tight, *good]}, {**refiners, **fields})
-    parts = {"tight": [*tight, *good], "coarse": [*loose, *good]}
-    found = refine_and_measure(detector, parts if loose else {"tight": parts["tight"]}, refiners)
+    parts = {name: [*own, *good] for name, own in (("tight", tight), ("coarse", loose)) if own}
+    found = refine_and_measure(detector, parts, refiners)
     if data.startswith(PARTS):
         found |= refine_and_measure(detector, {"ablation": tight[:ABLATION_PARTS]}, fields)
     return found

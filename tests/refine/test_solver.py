@@ -51,6 +51,13 @@ def test_hinge() -> None:
     assert hinged(z, None).tolist() == [-0.5, 0, 1.5]
 
 
+def test_share_ends_at_the_floor() -> None:
+    problem, _ = problem_of(grey_with(SQUARE))
+    problem = replace(problem, before=torch.tensor([10.0]), floor=torch.tensor([4.0]))
+    shares = [float(problem.share(torch.tensor([energy]))) for energy in (10.0, 7.0, 4.0, 1.0)]
+    assert shares == [1, 0.5, 0, 0]
+
+
 def test_total_variation_of_a_square_is_its_outline_times_its_height() -> None:
     anomaly = torch.zeros(1, 3, 16, 16)
     anomaly[:, :, 4:9, 4:10] = 0.2 / 3**0.5  # of norm 0.2
