@@ -48,8 +48,10 @@ class Problem:
     floor: Tensor
 
     def share(self, energy: Tensor) -> Tensor:
-        """Energies (B,) as shares of what could be removed: 1 for X, 0 at the floor and below it. Nothing is gained
-        by a picture that looks better than the fill."""
+        """Energies (B,) as shares of what could be removed: 1 for X, 0 at the floor and below it.
+
+        So nothing is gained by a picture that looks better than the fill.
+        """
         return (energy - self.floor).clamp_min(0) / (self.before - self.floor)
 
     def restored(self, unknown: Tensor) -> Tensor:
