@@ -24,8 +24,10 @@ class Parity(BaseModel):
         passed: whether all is within the tolerances.
         pictures: framed views that were compared; source: where they came from.
         batches: pictures at a time, all of which were run.
-        max_score_diff: largest |difference| of a score, relative to that score.
-        max_map_diff: largest |difference| of a map, relative to the largest value of all maps.
+        max_score_diff: largest |difference| of a score, relative to that score, but at least to the median
+            of those that the model was calibrated on: a picture that it knows may score 0. None: not finite.
+        max_map_diff: largest |difference| of a map, relative to the largest value of all maps, but at least
+            to what good pictures' maps reach in the median. None: not finite.
         verdict_flips: views whose verdict differs, in any batch.
         score_tolerance, map_tolerance, flips_tolerance: the most of each that passes.
         latency_ms, torch_latency_ms: median time of one picture alone, graph and model.

@@ -1,4 +1,4 @@
-"""A model on disk: a manifest (JSON), and tensors (safetensors) or a graph, named and checked by their hashes.
+"""A model on disk: a manifest (JSON), and tensors (safetensors) or a graph, named and checked by hashes.
 
 Saving is atomic: tensor files carry their hash in their name, so that new ones never overwrite old ones,
 and replacing the manifest is the one step that switches from the old model to the new. A kill at any moment

@@ -156,6 +156,8 @@ def trace(
 
 
 def first_line(error: Exception) -> str:
-    """An error's first words, without its full stop."""
+    """The first words of what was wrong at first, without the full stop."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return (lines[0][:300] if lines else type(error).__name__).rstrip(".")

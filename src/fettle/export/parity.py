@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fettle.calibration import Calibration
 from fettle.datasets.picture_list import list_pictures
 from fettle.detector import Detector
 from fettle.errors import DataError, UsageError
@@ -23,6 +24,8 @@ from fettle.runtimes import Outputs, Runtime
 
 BATCHES = (1, 2, 8)
 """Pictures at a time that every export is run with."""
+
+_LEAST = 1e-12
 
 
 class Tolerances(NamedTuple):
@@ -114,26 +117,43 @@ def _eights(
 
 @dataclass
 class _Compared:
-    """What was found so far."""
+    """What was found so far: of each score itself and how far it is off, and the largest of maps."""
 
-    score_diff: float = 0.0
-    map_diff: float = 0.0
+    scores: list[float] = field(default_factory=list)
+    score_diffs: list[float] = field(default_factory=list)
     largest_map: float = 0.0
+    map_diff: float = 0.0
     flips: int = 0
     own_seconds: list[float] = field(default_factory=list)
     torch_seconds: list[float] = field(default_factory=list)
 
     def add(self, expected: Outputs, found: Outputs) -> NDArray[np.bool_]:
         """Take in one batch's answers; returns whose verdict differs."""
-        score, own_score = expected["score"].astype(np.float64), found["score"].astype(np.float64)
-        relative = np.abs(own_score - score) / np.maximum(np.abs(score), 1e-12)
-        # nan compares as false, so a NaN on either side counts as infinitely far
-        self.score_diff = max(self.score_diff, float(np.nan_to_num(relative, nan=np.inf).max()))
-        apart = np.abs(found["anomaly_map"] - expected["anomaly_map"]).max()
-        self.map_diff = max(self.map_diff, float(np.nan_to_num(apart, nan=np.inf)))
+        self.scores += np.abs(expected["score"]).tolist()
+        self.score_diffs += _distance(found["score"], expected["score"]).tolist()
         self.largest_map = max(self.largest_map, float(np.abs(expected["anomaly_map"]).max()))
+        self.map_diff = max(
+            self.map_diff, float(_distance(found["anomaly_map"], expected["anomaly_map"]).max())
+        )
         differs: NDArray[np.bool_] = found["verdict"] != expected["verdict"]
         return differs
+
+    def relative(self, calibration: Calibration) -> tuple[float, float]:
+        """The largest differences of scores and maps, see `Parity`. Infinite where one is no number."""
+        usual = _median(calibration.scores) or max(self.scores)
+        least = np.maximum(np.maximum(self.scores, usual), _LEAST)
+        usual_map = max(_median(calibration.pixel_statistics), self.largest_map, _LEAST)
+        return float((np.asarray(self.score_diffs) / least).max()), self.map_diff / usual_map
+
+
+def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    """|found - expected|, infinite where either is no number."""
+    away = np.abs(found.astype(np.float64) - expected)
+    return np.where(np.isfinite(away), away, np.inf)
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(np.abs(values))) if len(values) else 0.0
 
 
 def measure_parity(
@@ -172,24 +192,22 @@ def measure_parity(
         compared.flips += int(flipped.sum())
         done += number
         progress("comparing", done, views.number)
-    return _report(compared, runtime, views, tolerances)
+    return _report(compared, detector.calibration, runtime, views, tolerances)
 
 
-def _report(compared: _Compared, runtime: Runtime, views: Views, tolerances: Tolerances) -> Parity:
+def _report(
+    compared: _Compared, calibration: Calibration, runtime: Runtime, views: Views, tolerances: Tolerances
+) -> Parity:
+    score_diff, map_diff = compared.relative(calibration)
     most_flips = int(tolerances.flips * views.number)
-    map_diff = compared.map_diff / max(compared.largest_map, 1e-12)
     own, torchs = (float(np.median(part)) for part in (compared.own_seconds, compared.torch_seconds))
-    passed = (
-        compared.score_diff <= tolerances.score
-        and map_diff <= tolerances.map
-        and compared.flips <= most_flips
-    )
+    passed = score_diff <= tolerances.score and map_diff <= tolerances.map and compared.flips <= most_flips
     return Parity(
         passed=passed,
         pictures=views.number,
         source=views.source,
         batches=BATCHES,
-        max_score_diff=compared.score_diff if np.isfinite(compared.score_diff) else None,
+        max_score_diff=score_diff if np.isfinite(score_diff) else None,
         max_map_diff=map_diff if np.isfinite(map_diff) else None,
         verdict_flips=compared.flips,
         score_tolerance=tolerances.score,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
+
+from torch.export import ExportedProgram
 
 from fettle.detector import Detector
 from fettle.errors import UsageError, nearest_name
 from fettle.export.graph import trace
-from fettle.export.parity import TOLERANCES, good_views, measure_parity
+from fettle.export.parity import TOLERANCES, Views, good_views, measure_parity
+from fettle.export.quantise import num_quantised, quantise
 from fettle.export.writers import halve_weights, onnx_model, openvino_files, openvino_model, pt2_file, quiet
 from fettle.exported import ExportFacts
 from fettle.model_folder import GraphFile, write_model, write_parity
@@ -21,7 +24,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 OFFERED: dict[Format, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16"),
-    "openvino": ("fp32", "fp16"),
+    "openvino": ("fp32", "fp16", "int8"),
     "pt2": ("fp32",),
 }
 """By format the precisions of weights that are offered."""
@@ -48,7 +51,8 @@ def export_model(
     Args:
         out: folder to write; must be new, empty or a model's.
         format_: one of `FORMATS`. precision: of the weights; all is computed in float32, but for "int8".
-        pictures: folder of good pictures to compare on; None: those that the model keeps for refiners.
+        pictures: folder of good pictures to compare on; None: those that the model keeps for refiners, which
+            it has learnt from, so that int8, whose noise a memory of them would magnify, does not take them.
 
     Returns:
         What was written; `parity.passed` says whether it may be used.
@@ -58,26 +62,48 @@ def export_model(
             cannot be exported, or no picture to compare on.
     """
     chosen = check_offered(detector, format_, precision)
+    if precision == "int8" and pictures is None:
+        raise UsageError(
+            "Weights in int8 are fitted to good pictures that the model has not learnt from.",
+            "Name a folder of such with --pictures.",
+        )
     views = good_views(detector, pictures, say)
     say("Tracing the graph.")
     program, outputs = trace(detector.method, detector.fold_methods, detector.calibration, detector.frame)
     say(f"Writing it as {format_}.")
-    if chosen == "pt2":
-        files = {"graph": pt2_file(program)}
-    else:
-        model = onnx_model(program, outputs)
-        if chosen == "onnx":
-            files = {"graph": (halve_weights(model) if precision == "fp16" else model).SerializeToString()}
-        else:
-            files = openvino_files(openvino_model(model), half=precision == "fp16")
+    files, notes = _files(chosen, precision, program, outputs, views, say)
     with quiet():
         runtime = open_graph(chosen, files, outputs)
     parity = measure_parity(detector, runtime, views, TOLERANCES[precision], progress)
-    facts = ExportFacts(format=chosen, precision=precision, inputs=INPUTS, outputs=outputs, parity=parity)
+    facts = ExportFacts(
+        format=chosen, precision=precision, inputs=INPUTS, outputs=outputs, parity=parity, notes=notes
+    )
     graph = {part: GraphFile(suffix, files[part]) for part, suffix in GRAPH_FILES[chosen].items()}
     write_model(out, pack_exported(detector.parts(), facts), {}, graph)
     write_parity(out, {"format": chosen, "precision": precision, **parity.model_dump(mode="json")})
     return facts
+
+
+def _files(
+    format_: Format,
+    precision: str,
+    program: ExportedProgram,
+    outputs: Sequence[str],
+    views: Views,
+    say: Callable[[str], None],
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The graph's files by part, and what a user should know of them."""
+    if format_ == "pt2":
+        return {"graph": pt2_file(program)}, ()
+    model = onnx_model(program, outputs)
+    if format_ == "onnx":
+        return {"graph": (halve_weights(model) if precision == "fp16" else model).SerializeToString()}, ()
+    converted = openvino_model(model)
+    if precision != "int8":
+        return openvino_files(converted, half=precision == "fp16"), ()
+    quantised = quantise(converted, views, TOLERANCES["int8"].score, say)
+    note = "{} of {} convolutions compute in 8 bit, the rest in fp32.".format(*num_quantised(quantised))
+    return openvino_files(quantised, half=False), (note,)
 
 
 def check_offered(detector: Detector, format_: str, precision: str) -> Format:

@@ -97,7 +97,8 @@ def openvino_files(model: openvino.Model, *, half: bool) -> dict[str, bytes]:
 def pt2_file(program: ExportedProgram) -> bytes:
     """The graph as `torch.export.save` writes it."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    with quiet():
+        torch.export.save(program, buffer)
     return buffer.getvalue()
 
 

@@ -89,15 +89,18 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int | None = 1024
             f"k = {k} neighbours are asked of a bank of {len(bank)} rows.", "Ask for 1 to all of them."
         )
     if chunk is None:
-        return _in_order(queries, bank, _candidates_by_blocks(queries, bank, k))
+        rows = _candidates_by_blocks(queries, bank, k)
+        first = (queries[:, None] - bank[rows]).square().sum(2).topk(k, dim=1, largest=False)
+        return Nearest(first.values, rows.gather(1, first.indices))
     half_norms = bank.square().sum(1) / 2
     squared, index = [queries.new_empty(0, k)], [_no_rows(queries).reshape(0, k)]
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         rows = _product(part, bank, half_norms).topk(k, dim=1, largest=False).indices  # (n, k)
-        found = _in_order(part, bank, rows)
-        squared.append(found.squared_distance)
-        index.append(found.row)
+        distances = (part[:, None] - bank[rows]).square().sum(2)
+        order = distances.argsort(stable=True, dim=1)  # the product's rounding may have swapped near ties
+        squared.append(distances.gather(1, order))
+        index.append(rows.gather(1, order))
     return Nearest(torch.cat(squared), torch.cat(index))
 
 
@@ -169,13 +172,6 @@ def _candidates_by_blocks(queries: Tensor, bank: Tensor, k: int) -> Tensor:
         least.append(found.values)
     nearest_of_all = torch.cat(least, dim=1).topk(k, dim=1, largest=False).indices
     return torch.cat(rows, dim=1).gather(1, nearest_of_all)
-
-
-def _in_order(queries: Tensor, bank: Tensor, rows: Tensor) -> Nearest:
-    """Rows (n, k) by their distance from the query: a product's rounding may have swapped near ties."""
-    distances = (queries[:, None] - bank[rows]).square().sum(2)
-    order = distances.argsort(stable=True, dim=1)
-    return Nearest(distances.gather(1, order), rows.gather(1, order))
 
 
 def _leave_out(product: Tensor, query_owners: Tensor, bank_owners: Tensor) -> None:
