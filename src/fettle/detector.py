@@ -16,6 +16,7 @@ from fettle.datasets.open import open_dataset
 from fettle.datasets.products import open_products
 from fettle.datasets.records import Dataset, Record
 from fettle.errors import DataError, ModelFolderError, UsageError, nearest_name
+from fettle.exported import ExportedMethod, refuse_unproven
 from fettle.fitting import FittedParts, fit_parts, make_request
 from fettle.gathering import GatheredPictures, gather_good
 from fettle.images.framing import Frame
@@ -176,6 +177,7 @@ class Detector:
         Raises:
             UsageError: it cannot.
         """
+        self.refuse_exported("shows no inner view")
         if not isinstance(self.method, Explains):
             able = [name for name in method_names() if hasattr(find_method(name), "explain")]
             raise UsageError(
@@ -199,11 +201,14 @@ class Detector:
             settings: fields of `refine.settings.F2PADConfig` to change.
 
         Raises:
-            UsageError: no such refiner, or OpenCV is not installed and it needs that.
+            UsageError: no such refiner, an exported model, or OpenCV is not installed and it needs that.
             ConfigError: a setting that F2PAD does not have, or a value that it does not take.
         """
         if name == "none":
             return None
+        self.refuse_exported(
+            f"cannot be refined with '{name}': its graph gives no gradients or patch energies"
+        )
         facts, references = self.for_refiners or (stand_in_facts(self.calibration.pixel_threshold), None)
         return make_refiner(name, facts, references, everything=everything, settings=settings)
 
@@ -368,8 +373,10 @@ class Detector:
         Raises:
             DataError: no fresh good picture, or none of some product where the template changes.
             CalibrationError: `strict`, and too few of them.
-            UsageError: a template, and the method takes none. PictureError: it cannot be read.
+            UsageError: a template, and the method takes none; an exported model. PictureError: it cannot be
+                read.
         """
+        self.refuse_exported("keeps its thresholds, which lie in its graph")
         if template_product and template is None:
             raise UsageError("A template's product is named, but no template.", "Give --template FILE too.")
         by_product = bool(self.product_calibrations)
@@ -382,7 +389,7 @@ class Detector:
             return gathered
 
         changed = recalibrate(
-            replace(self._parts(), fold_methods=()),
+            replace(self.parts(), fold_methods=()),
             gather,
             template=None if template is None else GivenTemplate(Path(template), template_product),
             target_frr=target_frr,
@@ -393,17 +400,29 @@ class Detector:
         return Detector.of(changed, self.device)
 
     def save(self, folder: Path | str) -> None:
-        """Write the model atomically: a kill at any moment leaves the old model or the new one."""
-        write_model(Path(folder), *pack(self._parts()))
-
-    @classmethod
-    def load(cls, folder: Path | str, *, device: str = "cpu") -> Detector:
-        """Read a saved model. No weights are needed elsewhere: the backbone's used layers are inside.
+        """Write the model atomically: a kill at any moment leaves the old model or the new one.
 
         Raises:
-            ModelFolderError: the folder is no model, or damaged, altered, too new or unsafe.
+            UsageError: it is an exported one, or the folder holds something else.
+        """
+        self.refuse_exported("is not saved anew: copy its folder")
+        write_model(Path(folder), *pack(self.parts()))
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: str = "cpu", trusted: bool = False) -> Detector:
+        """Read a saved or an exported model. No weights are needed elsewhere: the backbone is inside.
+
+        Args:
+            device: of a saved model; the engine of an exported one computes on the CPU.
+            trusted: read a pt2 graph too, though torch may execute what such a file holds.
+
+        Raises:
+            ModelFolderError: the folder is no model, or damaged, altered, too new or unsafe; or an exported
+                one that is too far from the model that it was made from.
+            UsageError: the engine of an exported model is not installed, or it is pt2 and not trusted.
         """
         stored = read_model(Path(folder))
+        refuse_unproven(Path(folder), stored.content.get("export"), trusted)
         try:
             parts = unpack(stored)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -414,7 +433,13 @@ class Detector:
             cast(torch.nn.Module, method).to(device).eval()
         return cls.of(parts, device)
 
-    def _parts(self) -> FittedParts:
+    def refuse_exported(self, what: str) -> None:
+        """Raises UsageError where the method is an exported graph, which cannot do this."""
+        if isinstance(self.method, ExportedMethod):
+            self.method.refuse(what)
+
+    def parts(self) -> FittedParts:
+        """What the detector is made of."""
         calibrations = Calibrations(self.calibration, self.product_calibrations)
         return FittedParts(
             self.method, self.fold_methods, self.frame, calibrations, self.card, self.for_refiners

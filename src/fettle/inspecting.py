@@ -38,15 +38,16 @@ class Inspected(Generic[Item]):
 
 
 class _Seen(NamedTuple):
-    """A method's answers for some views: maps (n, H, W), scores (n,), and remarks (n, R) where it has any."""
+    """A method's answers for some views: maps (n, H, W), scores (n,), and where it has any remarks (n, R) and
+    the folds' scores (n, K)."""
 
     maps: NDArray[np.float32]
     scores: NDArray[np.float32]
     remarks: NDArray[np.float32] | None
+    fold_scores: NDArray[np.float32] | None
 
     def of(self, views: slice) -> _Seen:
-        remarks = None if self.remarks is None else self.remarks[views]
-        return _Seen(self.maps[views], self.scores[views], remarks)
+        return _Seen(*(None if part is None else part[views] for part in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Inspector(Generic[Item]):
             start = time.perf_counter()
             seen = self._run(self.methods[0], views, valid)
             fold_scores = [self._run(fold, views, valid).scores for fold in self.methods[1:]]
+            if seen.fold_scores is not None:
+                fold_scores = [*seen.fold_scores.T]
             compute = (time.perf_counter() - start) / len(views)
             refined = self._refine(loaded, views, valid, seen, fold_scores)
         first = 0
@@ -266,8 +269,10 @@ class Inspector(Generic[Item]):
             for i in range(0, len(views), size)
         ]
         remarks = [a.remarks for a in answers if a.remarks is not None]
+        fold_scores = [a.fold_scores for a in answers if a.fold_scores is not None]
         return _Seen(
             torch.cat([a.anomaly_map for a in answers]).cpu().numpy(),
             torch.cat([a.score for a in answers]).cpu().numpy(),
             torch.cat(remarks).cpu().numpy() if remarks else None,
+            torch.cat(fold_scores).cpu().numpy() if fold_scores else None,
         )

@@ -1,4 +1,4 @@
-"""A model on disk: one manifest (JSON) and tensors (safetensors), each named and checked by its hash.
+"""A model on disk: a manifest (JSON), and tensors (safetensors) or a graph, named and checked by hashes.
 
 Saving is atomic: tensor files carry their hash in their name, so that new ones never overwrite old ones,
 and replacing the manifest is the one step that switches from the old model to the new. A kill at any moment
@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,10 @@ from fettle.protocols import Json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+PARITY = "parity.json"
+GRAPH_SUFFIXES = ("onnx", "xml", "bin", "pt2")
+_TENSORS = "safetensors"
+_MANIFEST_OR_PARITY = r"manifest\.json|parity\.json"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_TENSOR_BYTES = 16 << 30
 _DTYPES = frozenset(
@@ -36,14 +40,27 @@ _DTYPES = frozenset(
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a model folder holds: the manifest's content and the tensors by part ("backbone", "method")."""
+    """What a model folder holds: the manifest's content, the tensors by part ("backbone", "method"), and of
+    an exported model the files of its graph by part ("graph", "weights")."""
 
     content: dict[str, Json]
     tensors: dict[str, dict[str, Tensor]]
+    graph: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A file of an exported graph: its suffix, one of `GRAPH_SUFFIXES`, and its bytes."""
+
+    suffix: str
+    data: bytes
 
 
 def write_model(
-    folder: Path, content: Mapping[str, Json], tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: Path,
+    content: Mapping[str, Json],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    graph: Mapping[str, GraphFile] | None = None,
 ) -> None:
     """Write or replace a model folder atomically.
 
@@ -51,6 +68,7 @@ def write_model(
         folder: made if need be; must be empty or hold a model.
         content: everything of the manifest but `schema`, `files` and `sha256`; JSON values, no NaN.
         tensors: part name -> tensors.
+        graph: part name -> file, of an exported model.
 
     Raises:
         UsageError: the folder holds something that is no model.
@@ -60,7 +78,7 @@ def write_model(
     if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise UsageError(f"The folder {folder} holds more than a model.", "Name another folder.")
     try:
-        _write(folder, content, tensors)
+        _write(folder, content, tensors, graph or {})
     except OSError as error:
         raise ModelFolderError(
             f"The model could not be written to {folder}: {error.strerror or error}.",
@@ -68,15 +86,31 @@ def write_model(
         ) from error
 
 
-def _write(folder: Path, content: Mapping[str, Json], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def write_parity(folder: Path, report: Mapping[str, Json]) -> None:
+    """`parity.json` for people and scripts; what is believed is the same report in the manifest."""
+    _write_durably(folder / PARITY, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _write(
+    folder: Path,
+    content: Mapping[str, Json],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    graph: Mapping[str, GraphFile],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Json] = {}
-    for part, state in tensors.items():
-        data = dump_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+    def write(part: str, suffix: str, data: bytes) -> None:
         sha256 = hashlib.sha256(data).hexdigest()
-        name = f"{part}-{sha256[:16]}.safetensors"
+        name = f"{part}-{sha256[:16]}.{suffix}"
         _write_durably(folder / name, data)
         files[part] = {"name": name, "sha256": sha256, "bytes": len(data)}
+
+    for part, state in tensors.items():
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write(part, _TENSORS, dump_tensors(whole))
+    for part, file in graph.items():
+        write(part, file.suffix, file.data)
     manifest: dict[str, Json] = {"schema": SCHEMA, **content, "files": files}
     manifest["sha256"] = _content_hash(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
@@ -98,9 +132,16 @@ def read_model(folder: Path) -> StoredModel:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise ModelFolderError(f"The model {folder} is damaged: its manifest lists no files.", _RESTORE)
-    tensors = {part: _read_tensors(folder, entry) for part, entry in files.items()}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    graph: dict[str, bytes] = {}
+    for part, entry in files.items():
+        name, data = _read_file(folder, entry)
+        if name.endswith(f".{_TENSORS}"):
+            tensors[part] = _parse_tensors(folder, name, data)
+        else:
+            graph[part] = data
     content = {key: value for key, value in manifest.items() if key not in ("schema", "files", "sha256")}
-    return StoredModel(content, tensors)
+    return StoredModel(content, tensors, graph)
 
 
 _RESTORE = "Fit it again, or restore it from a copy."
@@ -131,7 +172,8 @@ def _read_manifest(folder: Path) -> dict[str, Json]:
     return cast("dict[str, Json]", manifest)
 
 
-def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
+def _read_file(folder: Path, entry: Json) -> tuple[str, bytes]:
+    """Name and bytes of a file that the manifest lists, checked."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ModelFolderError(f"The model {folder} is damaged: a file entry has no name.", _RESTORE)
     name = str(entry["name"])
@@ -148,6 +190,10 @@ def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
         raise ModelFolderError(
             f"The model {folder} was altered: the hash of {name} does not agree.", _RESTORE
         )
+    return name, data
+
+
+def _parse_tensors(folder: Path, name: str, data: bytes) -> dict[str, Tensor]:
     try:
         tensors = load_tensors(data)
     except Exception as error:
@@ -165,7 +211,11 @@ def _read_tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
 def _is_ours(name: str) -> bool:
     """Names that this module gives: nothing else in a folder is ever read or removed."""
     return (
-        re.fullmatch(r"([a-z_0-9]+-[0-9a-f]{16}\.safetensors|manifest\.json)(\.\d+\.partial)?", name)
+        re.fullmatch(
+            rf"([a-z_0-9]+-[0-9a-f]{{16}}\.({_TENSORS}|{'|'.join(GRAPH_SUFFIXES)})|{_MANIFEST_OR_PARITY})"
+            r"(\.\d+\.partial)?",
+            name,
+        )
         is not None
     )
 

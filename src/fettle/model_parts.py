@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fettle.backbones import registry as backbones
 from fettle.calibration import Calibration
+from fettle.exported import ExportedMethod, ExportFacts
 from fettle.fitting import FittedParts
 from fettle.images.framing import Frame
 from fettle.judged import Calibrations
@@ -20,6 +21,7 @@ from fettle.protocols import BackboneSpec, Json, Level, Method
 from fettle.refine.facts import RefineFacts
 from fettle.refine.references import References
 from fettle.refining import ForRefiners
+from fettle.runtimes import open_graph
 
 
 def pack(parts: FittedParts) -> tuple[dict[str, Json], dict[str, Mapping[str, Tensor]]]:
@@ -49,11 +51,18 @@ def pack(parts: FittedParts) -> tuple[dict[str, Json], dict[str, Mapping[str, Te
     return content, tensors
 
 
+def pack_exported(parts: FittedParts, facts: ExportFacts) -> dict[str, Json]:
+    """The manifest's content of a model whose method is a graph; refiners have no use for it."""
+    content, _ = pack(parts)
+    return {**content, "refine": None, "export": facts.model_dump(mode="json")}
+
+
 def unpack(stored: StoredModel) -> FittedParts:
-    """What `pack` packed, on the CPU.
+    """What `pack` or `pack_exported` packed, on the CPU.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: something is missing, or is not what it should be.
+        UsageError: a graph's engine is not installed. ModelFolderError: it cannot read the graph.
     """
     content = stored.content
     method_class = find_method(str(content["method"]))
@@ -72,6 +81,13 @@ def unpack(stored: StoredModel) -> FittedParts:
     card = content["card"]
     if not isinstance(card, dict):
         raise TypeError("its card is no object")
+    calibrations = Calibrations(calibration, by_product)
+    if "export" in content:
+        facts = ExportFacts.model_validate(content["export"])
+        graph = open_graph(facts.format, stored.graph, facts.outputs)
+        exported = ExportedMethod(method_class.name, config, levels, spec, facts, graph)
+        card = {**card, "export": facts.model_dump(mode="json")}
+        return FittedParts(cast(Method, exported), (), frame, calibrations, card, None)
     backbone = backbones.restore_backbone(spec, levels, stored.tensors["backbone"])
     num_folds = sum(part.startswith("fold") for part in stored.tensors)
     names = ["method", *(f"fold{number}" for number in range(num_folds))]
@@ -79,7 +95,6 @@ def unpack(stored: StoredModel) -> FittedParts:
     for method, name in zip(methods, names, strict=True):
         load_learnt(cast(torch.nn.Module, method), stored.tensors[name])
         cast(torch.nn.Module, method).eval()  # a method may then compute with what it learnt
-    calibrations = Calibrations(calibration, by_product)
     return FittedParts(methods[0], tuple(methods[1:]), frame, calibrations, card, for_refiners)
 
 

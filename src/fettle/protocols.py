@@ -58,11 +58,13 @@ class Maps(NamedTuple):
     Attributes:
         anomaly_map: (B, H, W), framed px. score: (B,).
         remarks: (B, R) numbers that a method which `Remarks` puts into words; None: it has none.
+        fold_scores: (B, K) of the folds' models, where one exported graph holds them all; else None.
     """
 
     anomaly_map: Tensor
     score: Tensor
     remarks: Tensor | None = None
+    fold_scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Traits:
         fixed_grid: bound to the framed size that it was fitted at.
         square_grid: needs a square token grid.
         leave_one_out: offers `left_out`, so that calibration wastes no picture.
+        exports: formats that it can be exported to: "onnx", "openvino", "pt2"; empty: it cannot.
     """
 
     trained: bool
@@ -84,6 +87,7 @@ class Traits:
     fixed_grid: bool
     square_grid: bool
     leave_one_out: bool
+    exports: tuple[str, ...] = ()
 
 
 class Preset(NamedTuple):

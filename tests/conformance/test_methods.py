@@ -21,6 +21,9 @@ from fettle.backbones import load_backbone, registry
 from fettle.datasets.folder import open_folder
 from fettle.detector import Detector
 from fettle.errors import FettleError
+from fettle.export.graph import VERDICTS
+from fettle.export.run import export_model
+from fettle.export.writers import openvino_files, openvino_model
 from fettle.feature_stream import GoodFeatures, GoodPicture
 from fettle.gathering import gather_good
 from fettle.images.decode import read_picture
@@ -28,7 +31,9 @@ from fettle.images.framing import Frame
 from fettle.inspection import Inspection, Refusal, Verdict
 from fettle.judging import Fitter, judge
 from fettle.methods.registry import find_method, make_config, method_names
+from fettle.model_folder import read_model
 from fettle.protocols import Crops, LeavesOut, Method, Run, no_progress
+from fettle.runtimes import Runtime, open_graph
 
 # A head for a grid of 4 x 4 tokens, whose score is the largest of its map.
 SMALL_HEAD: dict[str, object] = {
@@ -471,3 +476,73 @@ def test_one_good_picture_fits_and_promises_nothing(name: str, tmp_path: Path) -
     Image.fromarray(scratched(900)).save(tmp_path / "bad.png")
     answers = list(detector.inspect([tmp_path / "good" / "000.png", tmp_path / "bad.png"]))
     assert [answer.verdict for answer in answers if isinstance(answer, Inspection)] == [Verdict.REVIEW] * 2
+
+
+# --- export
+
+
+@pytest.fixture(scope="module")
+def exported(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The method as an ONNX folder; its parity has passed."""
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("exported") / "model"
+    assert "onnx" in fitted.method.traits.exports
+    facts = export_model(fitted.detector, out, "onnx")
+    assert facts.parity.passed and facts.parity.max_score_diff is not None
+    assert facts.parity.max_score_diff <= 1e-4 and facts.parity.verdict_flips == 0
+    return out
+
+
+def half_invalid() -> tuple[Tensor, Tensor]:
+    """The eight pictures, with a part that is not valid in every other one."""
+    pictures, valid = eight_pictures()
+    valid[::2, ..., 40:] = False
+    return pictures, valid
+
+
+def assert_graph_answers_alike(fitted: Fitted, graph: Runtime) -> None:
+    pictures, valid = half_invalid()
+    with torch.inference_mode():
+        maps = fitted.method(pictures, valid)
+    verdicts = [VERDICTS.index(fitted.detector.calibration.verdict(float(score))) for score in maps.score]
+    for size in (1, 2, 8):
+        for first in range(0, 8, size):
+            part = slice(first, first + size)
+            found = graph(pictures[part].numpy(), valid[part].numpy())
+            np.testing.assert_allclose(found["score"], maps.score[part], rtol=1e-4)
+            np.testing.assert_allclose(
+                found["anomaly_map"], maps.anomaly_map[part], rtol=1e-3, atol=1e-4 * float(maps.score.max())
+            )
+            assert found["verdict"].tolist() == verdicts[part]
+            assert not found["anomaly_map"][~valid[part, 0].numpy()].any()
+
+
+def test_onnx_graph_answers_as_the_method(fitted: Fitted, exported: Path) -> None:
+    graph = open_graph("onnx", read_model(exported).graph, ("anomaly_map", "score", "verdict"))
+    assert_graph_answers_alike(fitted, graph)
+
+
+def test_openvino_graph_answers_as_the_method(fitted: Fitted, exported: Path) -> None:
+    pytest.importorskip("openvino")
+    onnx = pytest.importorskip("onnx")
+    model = openvino_model(onnx.load_from_string(read_model(exported).graph["graph"]))
+    graph = open_graph("openvino", openvino_files(model, half=False), ("anomaly_map", "score", "verdict"))
+    assert_graph_answers_alike(fitted, graph)
+
+
+def test_graph_never_calls_a_picture_of_nan_ok(fitted: Fitted, exported: Path) -> None:
+    graph = open_graph("onnx", read_model(exported).graph, ("anomaly_map", "score", "verdict"))
+    pictures, valid = eight_pictures()
+    pictures[2, :, 30, 30] = float("nan")
+    found = graph(pictures.numpy(), valid.numpy())
+    assert not np.isfinite(found["score"][2]) and VERDICTS[found["verdict"][2]] != "ok"
+    assert np.isfinite(found["score"][[0, 1, 3, 4, 5, 6, 7]]).all()
+
+
+def test_exported_folder_is_inspected_as_the_model_is(fitted: Fitted, exported: Path) -> None:
+    paths = sorted(fitted.good.iterdir())[:5]
+    loaded = Detector.load(exported)
+    for one, other in zip(fitted.detector.inspect(paths), loaded.inspect(paths), strict=True):
+        assert isinstance(one, Inspection) and isinstance(other, Inspection)
+        assert other.score == pytest.approx(one.score, rel=1e-4)
+        assert (other.verdict, other.valid.shape) == (one.verdict, one.valid.shape)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fettle.layers.pixel_map import valid_tokens
 from fettle.layers.token_grid import aligned_to, enlarged, score_of_map
 
 
@@ -95,3 +96,14 @@ def test_enlarging_with_aligned_corners_is_torchs() -> None:
     found = enlarged(error, torch.ones(2, 1, 16, 24, dtype=torch.bool), "corners")
     expected = F.interpolate(error[:, None], (16, 24), mode="bilinear", align_corners=True)[:, 0]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sides", [(64, 64, 16, 16), (64, 64, 15, 21), (70, 90, 32, 31), (10, 10, 13, 3)])
+def test_a_token_is_valid_if_any_pixel_that_it_touches_is(sides: tuple[int, int, int, int]) -> None:
+    """Also where cells are no whole pixels."""
+    height, width, *grid = sides
+    draws = torch.Generator().manual_seed(0)
+    for share in (0.01, 0.2, 0.9):
+        valid = torch.rand(3, 1, height, width, generator=draws) < share
+        expected = F.adaptive_max_pool2d(valid.float(), grid)[:, 0] > 0
+        assert torch.equal(valid_tokens(valid, (grid[0], grid[1])), expected)

@@ -92,6 +92,11 @@ class ConvPyramid(_Frozen):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def fix(self, height: int, width: int) -> None:
+        """From now on the folded copy is the network itself, as an exported graph holds it."""
+        self.net = self._running
+        self._folded = [self.net]
+
     @property
     def _running(self) -> Module:
         if not self._folded:
@@ -154,6 +159,10 @@ class VisionTransformer(_Frozen):
         """(B, 3, H, W) in 0..1 -> level: (B, C, H/patch, W/patch), patch tokens only."""
         features, _ = self._walk(pictures, levels, ())
         return features
+
+    def fix(self, height: int, width: int) -> None:
+        """From now on positions are those of pictures of this size, px, as an exported graph holds them."""
+        cast("TimmViT", self.net).set_input_size(img_size=(height, width))
 
     @property
     def cues(self) -> tuple[str, ...]:

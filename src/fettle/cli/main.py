@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from fettle.cli import calibrate, data, demo, doctor, evaluate, fit, inspect, methods, report
+from fettle.cli import calibrate, data, demo, doctor, evaluate, export, fit, inspect, methods, report
 from fettle.errors import FettleError, UsageError
 
 DONE, FAILED, WRONG_USE, SOME_REFUSED, STOPPED = 0, 1, 2, 3, 130
@@ -29,6 +29,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("inspect")(inspect.inspect)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("export")(export.export)
 app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
 app.command("demo")(demo.demo)

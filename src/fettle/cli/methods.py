@@ -28,6 +28,8 @@ def methods(as_json: AsJson = False) -> None:
 
 
 def _yes_no(value: Json) -> Json:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "nowhere"
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 

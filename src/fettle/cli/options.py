@@ -20,7 +20,7 @@ RefineSet = Annotated[
     list[str] | None,
     typer.Option("--refine-set", metavar="FIELD=VALUE", help="A field of F2PAD to change; may come again."),
 ]
-Model = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit'.")]
+Model = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit' or 'fettle export'.")]
 
 
 def parse_settings(pairs: list[str], option: str = "--set") -> dict[str, object]:
@@ -99,7 +99,7 @@ def check_model_out(out: Path) -> None:
         UsageError: a file, a folder with something else in it, or one that cannot be made or written.
     """
     if out.is_dir():
-        ours = (".json", ".safetensors", ".partial")
+        ours = (".json", ".safetensors", ".partial", ".onnx", ".xml", ".bin", ".pt2")
         strange = next((path.name for path in sorted(out.iterdir()) if path.suffix not in ours), None)
         if strange is not None:
             raise UsageError(f"The folder '{out}' holds '{strange}', so it is no model's.", _ANOTHER)

@@ -32,6 +32,7 @@ class ChannelReduction(nn.Module):
         self.sizes = tuple(sizes)
         self.kept = kept
         self.kind = kind
+        self._own: list[list[int]] = []  # of the last pass; see `_own_channels`
         self.register_buffer("channels", torch.empty(0, dtype=torch.int16))
         self.register_buffer("directions", torch.empty(0))
 
@@ -61,9 +62,11 @@ class ChannelReduction(nn.Module):
 
     def _own_channels(self) -> list[Tensor]:
         """The drawn channels of each level, counted within it."""
-        drawn = self.channels.long()
-        bounds = pairwise([0, *accumulate(self.sizes)])
-        return [drawn[(drawn >= first) & (drawn < last)] - first for first, last in bounds]
+        if not torch.compiler.is_exporting():  # a traced buffer has no values: those of the pass before it
+            drawn = self.channels.tolist()
+            bounds = pairwise([0, *accumulate(self.sizes)])
+            self._own = [[i - first for i in drawn if first <= i < last] for first, last in bounds]
+        return [torch.tensor(own, dtype=torch.int64, device=self.channels.device) for own in self._own]
 
     def _shares(self) -> list[int]:
         """How many of `kept` each level gets: by its channels, rounded so that the sum is right."""

@@ -125,7 +125,7 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(n, C), (n, P) -> the normal variable (n, C), and the logarithm of the volume's stretch (n,)."""
-        log_det = x.new_zeros(len(x))
+        log_det = x.new_zeros(x.shape[0])
         for block in self.blocks:
             x, own = block(x, condition)
             log_det = log_det + own

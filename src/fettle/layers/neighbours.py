@@ -17,6 +17,7 @@ from fettle.errors import UsageError
 if TYPE_CHECKING:
     import faiss
 
+_BLOCK = 4096  # bank rows that all queries meet at once, where their number is not known
 _GROUP = 64  # columns whose minimum is taken first; any value gives the same answer
 
 
@@ -44,7 +45,7 @@ def nearest(
         queries: (N, D).
         bank: (M, D).
         chunk: queries a product, which bounds its memory to 4 * chunk * M bytes. None: all at once, as an
-            export with a free number of queries needs it.
+            export with a free number of queries needs it, and the bank in blocks, 16 KiB a query.
         query_owners: (N,) int64. A query never meets a bank row of its own owner (leave one out).
         bank_owners: (M,) int64, given together with `query_owners`.
 
@@ -54,6 +55,9 @@ def nearest(
     _check(queries, bank)
     if (query_owners is None) != (bank_owners is None):
         raise UsageError("Only one of query_owners and bank_owners is given.", "Give both or neither.")
+    if chunk is None and query_owners is None:
+        index = _winner_by_blocks(queries.detach(), bank.detach())
+        return Nearest((queries - bank[index]).square().sum(1), index)
     half_norms = bank.detach().square().sum(1) / 2  # (M,)
     starts = range(0, len(queries), chunk) if chunk else (0,)
     winners = []
@@ -67,14 +71,14 @@ def nearest(
     return Nearest((queries - bank[index]).square().sum(1), index)
 
 
-def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int = 1024) -> Nearest:
+def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int | None = 1024) -> Nearest:
     """The k nearest bank rows of each query, nearest first: (N, k) squared distances and rows.
 
     Args:
         queries: (N, D).
         bank: (M, D), M >= k.
         k: number of neighbours.
-        chunk: queries a product.
+        chunk: queries a product; None as in `nearest`.
 
     Raises:
         UsageError: shapes that do not fit, or k beyond the bank.
@@ -84,6 +88,10 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int = 1024) -> Ne
         raise UsageError(
             f"k = {k} neighbours are asked of a bank of {len(bank)} rows.", "Ask for 1 to all of them."
         )
+    if chunk is None:
+        rows = _candidates_by_blocks(queries, bank, k)
+        first = (queries[:, None] - bank[rows]).square().sum(2).topk(k, dim=1, largest=False)
+        return Nearest(first.values, rows.gather(1, first.indices))
     half_norms = bank.square().sum(1) / 2
     squared, index = [queries.new_empty(0, k)], [_no_rows(queries).reshape(0, k)]
     for start in range(0, len(queries), chunk):
@@ -135,6 +143,35 @@ def _no_rows(queries: Tensor) -> Tensor:
 def _product(queries: Tensor, bank: Tensor, half_norms: Tensor) -> Tensor:
     """(n, M): half the squared distance, less ||u||^2 / 2, which changes no winner."""
     return torch.addmm(half_norms, queries, bank.T, alpha=-1)
+
+
+def _winner_by_blocks(queries: Tensor, bank: Tensor) -> Tensor:
+    """(n,) nearest row of each query, the lowest of equals."""
+    index, least = _no_rows(queries), queries.new_empty(0)
+    for start in range(0, len(bank), _BLOCK):
+        block = bank[start : start + _BLOCK]
+        product = _product(queries, block, block.square().sum(1) / 2)
+        own = _argmin(product)
+        own_least = product.gather(1, own[:, None])[:, 0]
+        if start == 0:
+            index, least = own, own_least
+            continue
+        nearer = own_least < least
+        index, least = torch.where(nearer, own + start, index), torch.where(nearer, own_least, least)
+    return index
+
+
+def _candidates_by_blocks(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """(n, k) nearest rows of each query, in any order."""
+    rows, least = [], []
+    for start in range(0, len(bank), _BLOCK):
+        block = bank[start : start + _BLOCK]
+        product = _product(queries, block, block.square().sum(1) / 2)
+        found = product.topk(min(k, len(block)), dim=1, largest=False)
+        rows.append(found.indices + start)
+        least.append(found.values)
+    nearest_of_all = torch.cat(least, dim=1).topk(k, dim=1, largest=False).indices
+    return torch.cat(rows, dim=1).gather(1, nearest_of_all)
 
 
 def _leave_out(product: Tensor, query_owners: Tensor, bank_owners: Tensor) -> None:

@@ -13,7 +13,12 @@ from fettle.sampling import bilinear_matrix, gaussian_matrix
 
 def valid_tokens(valid: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, 1, H, W) bool -> (B, h, w) bool: a token is valid if any of its pixels is."""
-    return F.adaptive_max_pool2d(valid.float(), grid)[:, 0] > 0
+    height, width = valid.shape[-2:]
+    if height % grid[0] == 0 and width % grid[1] == 0:
+        return F.adaptive_max_pool2d(valid.float(), grid)[:, 0] > 0
+    # The same windows as a product, which every exporter has.
+    rows, columns = _windows(height, grid[0], valid.device), _windows(width, grid[1], valid.device)
+    return rows @ valid[:, 0].float() @ columns.T > 0
 
 
 def pixel_map(patch_map: Tensor, valid: Tensor, sigma: float) -> Tensor:
@@ -38,6 +43,15 @@ def pixel_map(patch_map: Tensor, valid: Tensor, sigma: float) -> Tensor:
     spread = rows @ (patch_map * tokens) @ columns.T
     weight = rows @ tokens @ columns.T
     return spread / weight.clamp_min(1e-6) * valid[:, 0]
+
+
+@lru_cache(maxsize=32)
+def _windows(num_in: int, num_out: int, device: torch.device) -> Tensor:
+    """Which of `num_in` places each of `num_out` cells touches, (num_out, num_in) of 0 and 1."""
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        cell, place = torch.arange(num_out)[:, None], torch.arange(num_in)
+        inside = (place + 1) * num_out > cell * num_in
+        return (inside & (place * num_out < (cell + 1) * num_in)).float().to(device)
 
 
 @lru_cache(maxsize=32)

@@ -184,7 +184,7 @@ class TemplateAggregation(nn.Module):
         if self.config.discard == "template":
             assert template is not None
             kept, others = template, seen
-        num = len(seen.values)
+        num = seen.values.shape[0]
         parts = [] if others is None or self.config.discard == "no_template" else [others]
         if self.cls_token is not None:
             cls = self.positions.cls(self.cls_token).expand(num, 1, -1)

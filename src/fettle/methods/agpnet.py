@@ -143,6 +143,7 @@ class AGPNet(nn.Module):
         fixed_grid=True,
         square_grid=False,
         leave_one_out=False,
+        exports=("onnx", "openvino", "pt2"),
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(AGPNetConfig(), backbone=None, frame="auto", size=256),

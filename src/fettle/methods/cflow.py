@@ -156,6 +156,7 @@ class Cflow(nn.Module):
         fixed_grid=True,  # a position's code is another place at another size
         square_grid=False,
         leave_one_out=False,
+        exports=("onnx", "openvino", "pt2"),
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(CflowConfig(), backbone=None, frame="auto", size=256),
@@ -376,7 +377,11 @@ class Cflow(nn.Module):
 
     def _codes(self, number: int, features: Tensor, origins: Origins | None) -> Tensor:
         """Codes of a level's places (B, h, w, P); of parts of frames, where `origins` says where they lie."""
-        grid, (height, width) = self.grids[number].tolist(), features.shape[-2:]
+        height, width = features.shape[-2:]
+        if origins is None and torch.compiler.is_exporting():  # a traced grid is known by its shape alone
+            grid = [height, width]
+        else:
+            grid = self.grids[number].tolist()
         whole = position_code((grid[0], grid[1]), self.config.code, features.device).to(features)
         if origins is None:
             if [height, width] != grid:
@@ -384,7 +389,7 @@ class Cflow(nn.Module):
                     f"CFLOW-AD was fitted on a grid of {grid}, not {[height, width]}.",
                     "Use the model's frame.",
                 )
-            return whole.expand(len(features), -1, -1, -1)
+            return whole.expand(features.shape[0], -1, -1, -1)
         stride, parts = self._strides[number], []
         for top, left in origins:
             row, column = top // stride, left // stride

@@ -80,6 +80,7 @@ class Padim(nn.Module):
         fixed_grid=True,
         square_grid=False,
         leave_one_out=True,
+        exports=("onnx", "openvino", "pt2"),
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(PadimConfig(), backbone=None, frame="auto", size=256),
@@ -279,9 +280,10 @@ class Padim(nn.Module):
 
     def _squared_distance(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """||W (x - mu)||^2, (B, h, w)."""
-        rows = self._rows(self.features(pictures, valid))  # (P, B, d)
+        features = self.features(pictures, valid)
+        rows = self._rows(features)  # (P, B, d)
         whitened = torch.bmm(rows - self.mean[:, None], self._dense_whitening().mT)
-        return whitened.square().sum(dim=2).T.reshape(-1, *self.grid.tolist())
+        return torch.unflatten(whitened.square().sum(dim=2).T, 1, features[self.levels[0]].shape[-2:])
 
     def _maps(self, distance: Tensor, valid: Tensor) -> Maps:
         anomaly_map = pixel_map(distance, valid, self.config.sigma)
@@ -291,6 +293,8 @@ class Padim(nn.Module):
         """All levels' channels at each position of the whole grid: (P, B, d)."""
         joined = self._side_by_side(features)
         grid = joined.shape[-2:]
+        if torch.compiler.is_exporting():  # a traced grid is known by its shape alone
+            return joined.flatten(2).permute(2, 0, 1)
         if len(self.mean) and tuple(grid) != tuple(self.grid.tolist()) and int(self.grid[0]):
             raise ConfigError(
                 f"PaDiM was fitted on a grid of {self.grid.tolist()}, not {list(grid)}.",

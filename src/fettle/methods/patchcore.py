@@ -86,6 +86,7 @@ class PatchCore(nn.Module):
         fixed_grid=False,
         square_grid=False,
         leave_one_out=True,
+        exports=("onnx", "openvino", "pt2"),
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(PatchCoreConfig(), backbone=None, frame="auto", size=256),
@@ -254,7 +255,7 @@ class PatchCore(nn.Module):
         if self.config.neighbours == 1:
             squared, row = self._nearest(queries, bank)
             return squared.sqrt().view(batch, height, width), row.view(batch, height, width, 1)
-        squared, rows = k_nearest(queries, bank, min(self.config.neighbours, len(bank)))
+        squared, rows = k_nearest(queries, bank, min(self.config.neighbours, len(bank)), chunk=_chunk())
         distance = squared.sqrt().mean(dim=1)
         return distance.view(batch, height, width), rows.view(batch, height, width, -1)
 
@@ -263,8 +264,10 @@ class PatchCore(nn.Module):
         search = self.config.search
         if search == "auto":
             search = "faiss" if len(bank) > _MATRIX_ROWS and not bank.is_cuda else "matrix"
+        if torch.compiler.is_exporting():
+            search = "matrix"
         if search == "matrix" or bank is not self.bank:  # a bank with rows left out lives for one search
-            return nearest(queries, bank)
+            return nearest(queries, bank, chunk=_chunk())
         if self._flat is None or self._flat[0] is not bank:
             self._flat = (bank, FlatIndex(bank))
         return self._flat[1].nearest(queries)
@@ -276,11 +279,16 @@ class PatchCore(nn.Module):
         tokens = valid_tokens(valid, (distance.shape[-2], distance.shape[-1]))
         score, place = distance.masked_fill(~tokens, 0).flatten(1).max(dim=1)  # (B,)
         if self.config.reweight > 1:
-            rows = torch.arange(len(place), device=place.device)
+            rows = torch.arange(place.shape[0], device=place.device)
             worst = patches.flatten(2)[rows, :, place]  # (B, D)
             neighbour = index.flatten(1, 2)[rows, place, 0]
             score = reweighted(worst, bank, neighbour, self.config.reweight)
         return Maps(anomaly_map, score)
+
+
+def _chunk() -> int | None:
+    """Queries that meet the bank at once; an exported graph does not know how many there will be."""
+    return None if torch.compiler.is_exporting() else 1024
 
 
 def reweighted(worst: Tensor, bank: Tensor, neighbour: Tensor, num_support: int) -> Tensor:
@@ -292,7 +300,9 @@ def reweighted(worst: Tensor, bank: Tensor, neighbour: Tensor, num_support: int)
         neighbour: m*, the row nearest to u*, (B,).
         num_support: b, rows nearest to m* in the bank, m* itself among them.
     """
-    _, support = k_nearest(bank[neighbour], bank, min(num_support, len(bank)))  # (B, b), m* first
+    _, support = k_nearest(  # (B, b), m* first
+        bank[neighbour], bank, min(num_support, len(bank)), chunk=_chunk()
+    )
     distances = (worst[:, None] - bank[support]).norm(dim=2)
     return reweighted_score(distances)
 

@@ -175,6 +175,7 @@ class TFANet(nn.Module):
         fixed_grid=True,
         square_grid=False,
         leave_one_out=False,
+        exports=("onnx", "openvino", "pt2"),
     )
     # "paper" is our best reading of the paper: the published code, with masking. "official" is that code as
     # published, less its choice of the best epoch on the test set.
@@ -421,8 +422,8 @@ class TFANet(nn.Module):
         if self.config.discard == "no_template":
             return None
         if self.learned is not None:
-            everywhere = torch.ones(len(which), len(self.learned), dtype=torch.bool, device=which.device)
-            return Tokens(self.learned.expand(len(which), -1, -1), everywhere)
+            everywhere = torch.ones(which.shape[0], len(self.learned), dtype=torch.bool, device=which.device)
+            return Tokens(self.learned.expand(which.shape[0], -1, -1), everywhere)
         valid = self._valid_tokens(self.bank.fused, self.bank.valid)  # (M, N)
         return Tokens(values[which], valid[which])
 
@@ -432,7 +433,7 @@ class TFANet(nn.Module):
         Where a picture's product is told, its own templates alone are asked.
         """
         if not len(self.bank):
-            none = torch.zeros(len(fused), dtype=torch.long, device=fused.device)
+            none = torch.zeros(fused.shape[0], dtype=torch.long, device=fused.device)
             return none, none.float()
         allowed = None
         if products and any(self._products):

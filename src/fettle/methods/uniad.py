@@ -150,7 +150,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, previous: Tensor, memory: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         """`previous` and `memory` (B, N, width) -> (B, N, width)."""
-        t: Tensor = self.queries.expand(len(memory), -1, -1)  # (B, N, width): every layer starts anew
+        t: Tensor = self.queries.expand(memory.shape[0], -1, -1)  # (B, N, width): every layer starts anew
         t = self.norm1(t + self.drop(self.read_memory(t + position, memory + position, memory, mask)))
         t = self.norm2(t + self.drop(self.read_previous(t + position, previous + position, previous, mask)))
         t = self.norm3(t + self.drop(self.feed_forward(t)))
@@ -291,6 +291,7 @@ class Uniad(nn.Module):
         fixed_grid=True,
         square_grid=False,
         leave_one_out=False,
+        exports=("onnx", "openvino", "pt2"),
     )
     presets: ClassVar[dict[str, Preset]] = {
         "compact": Preset(UniadConfig(), backbone=None, frame="auto", size=256),
