@@ -196,6 +196,7 @@ def table() -> None:
         )
     print("\n#### Ablation, defective pictures: IoU / boundary F\n")
     print_rows(records, "ablation", "ablation", "all", ABLATIONS, ("screw", "magnetic_tile"), BASES, masks_of)
+    print()
     print_rows(records, "main", "ablation", "all", ABLATIONS, ("parts",), BASES, masks_of)
     print("\n#### How the values were chosen, drawn defects: pixel AP / IoU / boundary F\n")
     drawn = tuple(f"drawn_{data}" for data in REAL)
@@ -219,8 +220,8 @@ def print_rows(
         by_method = {method: runs_of(records, group, data, method, part) for method in methods}
         for arm in arms:
             known = {method: [run for run in runs if arm in run] for method, runs in by_method.items()}
-            if any(known.values()):
-                row = [show(runs, arm, mode) if runs else "" for runs in known.values()]
+            row = [show(runs, arm, mode) if runs else "" for runs in known.values()]
+            if any(row):
                 print(f"| {data} | {arm} | {' | '.join(row)} |")
 
 
