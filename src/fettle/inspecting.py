@@ -47,7 +47,7 @@ class _Seen(NamedTuple):
     fold_scores: NDArray[np.float32] | None
 
     def of(self, views: slice) -> _Seen:
-        return _Seen(*(None if part is None else part[views] for part in self))  # type: ignore[arg-type]
+        return _Seen(*(None if part is None else part[views] for part in self))  # type: ignore[arg-type]  # as its fields
 
 
 @dataclass(frozen=True)

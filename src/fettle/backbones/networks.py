@@ -84,12 +84,12 @@ class ConvPyramid(_Frozen):
         super().__init__(spec, net, levels)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # known to torch only
         self._folded: list[Module] = []  # a list, so that it is no part of this module's state
-        self.register_load_state_dict_post_hook(_forget_folded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forget_folded)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvPyramid:
         """Moves and casts: the folded copy is made anew."""
         self._folded.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
 
     def fix(self, height: int, width: int) -> None:
