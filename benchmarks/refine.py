@@ -12,7 +12,8 @@ GROUP-DATA-METHOD-ARM-SEED:
 - ablation: F2PAD with one field changed, on defective pictures only, at 256 px: 20 a real product; 4 a
   rendered one, which the main cells refine besides. "fields" are all rows, "core" the few that every base
   and seed gets.
-- chosen: how F2PAD's values were chosen, on defects drawn onto good pictures (`bench.drawn`).
+- chosen: how F2PAD's values were chosen, on defects drawn onto good pictures (`bench.drawn`): the fields that
+  were a choice, on 10 pictures with a defect and 5 good ones.
 
 Kinds whose masks are coarse by their source are evaluated apart ("coarse"). No more than so many defective
 and good pictures a product are refined, chosen by content; nothing is chosen by a test mask. The time cap is
@@ -62,8 +63,10 @@ COARSE = {
 REFINERS = ("none", "blur", "guided", "grabcut", "difference", "f2pad")
 MOST_DEFECTIVE, MOST_COARSE, MOST_GOOD = 20, 10, 10
 ABLATION_PARTS = 4
+CHOSEN_DEFECTIVE, CHOSEN_GOOD = 10, 5
 NO_CAP: Mapping[str, object] = {"time_cap_s": 1000.0}
 REAL = tuple(FRAMES)
+DRAWN = ("fabric", "magnetic_tile", "screw")
 STRUCTURAL = (  # kinds whose colours good surface has too
     *("manipulated_front", "thread_side", "thread_top"),
     *("missing", "dent", "broken_pick", "break", "fray", "uneven", "defective"),
@@ -96,6 +99,10 @@ CORE = (
     *("default", "start_zero", "start_half", "fill_diffusion", "fill_mean"),
     *("share_none", "share_gauss", "free", "iters_0"),
 )
+CHOICES = (
+    *("default", "kappa_0", "kappa_1", "start_zero", "start_half", "choice_0.6", "free", "share_gauss"),
+    *("lambda_0.2", "lambda_1.5", "iters_0", "iters_4", "iters_16", "snap_off"),
+)
 
 
 def cells() -> Iterator[Cell]:
@@ -104,17 +111,16 @@ def cells() -> Iterator[Cell]:
         for data in (*FRAMES, *(f"{PARTS}{product}" for product in PRODUCTS)):
             for method in BASES:
                 yield cell("main", data, method, "refiners", seed)
-    for data in FRAMES:
-        for method in OTHERS:
-            yield cell("main", data, method, "refiners", 0, SQUARE)  # their grids are square
-    for seed in SEEDS:
         for data in ("screw", "magnetic_tile"):
             for method in BASES:
                 yield cell(
                     "ablation", data, method, "fields" if all_rows(method, seed) else "core", seed, SQUARE
                 )
     for data in FRAMES:
-        yield cell("chosen", f"drawn_{data}", "patchcore", "fields", 0, SQUARE)
+        for method in OTHERS:
+            yield cell("main", data, method, "refiners", 0, SQUARE)  # their grids are square
+    for data in DRAWN:
+        yield cell("chosen", f"drawn_{data}", "patchcore", "choices", 0, SQUARE)
 
 
 def all_rows(method: str, seed: int) -> bool:
@@ -161,7 +167,9 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
     if group == "ablation":
         return refine_and_measure(detector, {"ablation": tight}, fields)
     if group == "chosen":
-        return refine_and_measure(detector, {"chosen": [*tight, *good]}, {**refiners, **fields})
+        pictures = [*tight[:CHOSEN_DEFECTIVE], *good[:CHOSEN_GOOD]]
+        choices = {name: one for name, one in fields.items() if name in CHOICES}
+        return refine_and_measure(detector, {"chosen": pictures}, {**refiners, **choices})
     parts = {name: [*own, *good] for name, own in (("tight", tight), ("coarse", loose)) if own}
     found = refine_and_measure(detector, parts, refiners)
     if data.startswith(PARTS):
@@ -199,8 +207,8 @@ def table() -> None:
     print()
     print_rows(records, "main", "ablation", "all", ABLATIONS, ("parts",), BASES, masks_of)
     print("\n#### How the values were chosen, drawn defects: pixel AP / IoU / boundary F\n")
-    drawn = tuple(f"drawn_{data}" for data in REAL)
-    print_rows(records, "chosen", "chosen", "all", (*REFINERS, *ABLATIONS), drawn, ("patchcore",), figures_of)
+    drawn = tuple(f"drawn_{data}" for data in DRAWN)
+    print_rows(records, "chosen", "chosen", "all", (*REFINERS, *CHOICES), drawn, ("patchcore",), figures_of)
 
 
 def print_rows(
