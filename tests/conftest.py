@@ -23,7 +23,8 @@ torch.set_num_threads(1)  # tiny networks gain nothing from threads, and lose mu
 TINY_LEVELS = (Level("stride4", 8, 4), Level("stride8", 12, 8), Level("stride16", 16, 16))
 
 
-os.environ["FETTLE_CACHE"] = tempfile.mkdtemp(prefix="fettle-test-features-")  # not the user's own
+_FEATURES = tempfile.TemporaryDirectory(prefix="fettle-test-features-")  # removed when the run ends
+os.environ["FETTLE_CACHE"] = _FEATURES.name  # not the user's own
 
 
 class TinyPyramid(nn.Module):

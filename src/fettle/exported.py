@@ -109,14 +109,7 @@ class ExportedMethod(nn.Module):
 
     def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
         """Final map, score, and the folds' scores where the graph has them."""
-        found = self._graph(pictures.cpu().numpy(), valid.cpu().numpy())
-        tensors = {name: torch.from_numpy(part).to(pictures.device) for name, part in found.items()}
-        return Maps(
-            tensors["anomaly_map"],
-            tensors["score"],
-            tensors.get("remarks"),
-            tensors.get("fold_scores"),
-        )
+        return ask(self._graph, pictures, valid)
 
     def patch_energy(self, pictures: Tensor, valid: Tensor, *_: Any) -> Tensor:
         """Refused: a graph gives no patch energy."""
@@ -130,6 +123,13 @@ class ExportedMethod(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.facts.format} {self.facts.precision}"
+
+
+def ask(graph: Runtime, pictures: Tensor, valid: Tensor) -> Maps:
+    """What a graph answers, see `Method.__call__`."""
+    found = graph(pictures.cpu().numpy(), valid.cpu().numpy())
+    tensors = {name: torch.from_numpy(part).to(pictures.device) for name, part in found.items()}
+    return Maps(tensors["anomaly_map"], tensors["score"], tensors.get("remarks"), tensors.get("fold_scores"))
 
 
 def refuse_unproven(folder: Path, export: Json, trusted: bool) -> None:

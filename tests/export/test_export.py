@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import textured, write_good
 from fettle.detector import Detector
-from fettle.errors import DataError, ModelFolderError, UsageError
+from fettle.errors import CalibrationError, DataError, ModelFolderError, UsageError
 from fettle.export import run as export_run
 from fettle.export.graph import VERDICTS
 from fettle.export.parity import Tolerances, good_views, measure_parity
@@ -50,6 +50,12 @@ def scratched(folder: Path, number: int) -> list[Path]:
         Image.fromarray(pixels).save(folder / f"bad{i}.png")
         paths.append(folder / f"bad{i}.png")
     return paths
+
+
+def framed(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A picture of 64 px as a graph takes it."""
+    pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(pixels), np.ones((1, 1, 64, 64), bool)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +163,55 @@ def test_pt2_is_loaded_only_where_it_is_trusted(detector: Detector, good: Path, 
 def test_int8_stays_within_its_tolerance(detector: Detector, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    unseen = write_good(tmp_path / "unseen", 8, first_seed=100)
-    facts = export_model(detector, tmp_path / "model", "openvino", precision="int8", pictures=unseen)
+    unseen = write_good(tmp_path / "unseen", 20, first_seed=100)
+    facts = export_model(
+        detector, tmp_path / "model", "openvino", precision="int8", pictures=unseen, calibrate=True
+    )
     assert facts.parity.max_score_diff is not None and facts.parity.max_score_diff <= 0.05
-    assert "convolutions compute in 8 bit" in facts.notes[0]
+    assert "convolutions compute in 8 bit" in facts.notes[0] and "Thresholds are set" in facts.notes[1]
+
+
+@pytest.mark.parametrize("format_", ["onnx", "openvino"])
+def test_thresholds_are_set_in_the_precision_that_is_shipped(
+    good: Path, tmp_path: Path, format_: str
+) -> None:
+    """The graph's thresholds are those of its own scores, also where the model had folds."""
+    pytest.importorskip("openvino")
+    detector = fit(good, calibration="cross")
+    unseen = write_good(tmp_path / "unseen", 24, first_seed=100)
+    facts = export_model(
+        detector, tmp_path / "model", format_, precision="fp16", pictures=unseen, calibrate=True
+    )
+    assert facts.parity.passed and "Thresholds are set on 24 good pictures" in facts.notes[-1]
+    shipped = Detector.load(tmp_path / "model")
+    scores = sorted(
+        one.score for one in shipped.inspect(sorted(unseen.iterdir())) if isinstance(one, Inspection)
+    )
+    assert np.allclose(sorted(shipped.calibration.scores), scores, rtol=1e-6)
+    own = detector.recalibrated(unseen)
+    assert not np.allclose(sorted(own.calibration.scores), scores, rtol=1e-6)
+    review = shipped.calibration.t_review
+    assert review is not None and min(scores) < review
+    paths = [*sorted(unseen.iterdir()), *scratched(tmp_path / "bad", 4)]
+    answers = [answer for answer in shipped.inspect(paths) if isinstance(answer, Inspection)]
+    assert {answer.verdict for answer in answers} >= {Verdict.OK, Verdict.REJECT}
+    graph = open_graph(shipped.card["export"]["format"], read_model(tmp_path / "model").graph, facts.outputs)  # type: ignore[index,call-overload,arg-type]
+    for path, answer in zip(paths, answers, strict=True):
+        assert VERDICTS[graph(*framed(path))["verdict"][0]] == answer.verdict.value
+
+
+def test_thresholds_need_fresh_pictures_and_another_precision(
+    detector: Detector, good: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    assert "fettle calibrate" in refused(detector, out, "onnx", pictures=good, calibrate=True)
+    assert "--pictures" in refused(detector, out, "onnx", precision="fp16", calibrate=True)
+    with pytest.raises(DataError, match="has learnt from all"):
+        export_model(detector, out, "onnx", precision="fp16", pictures=good, calibrate=True)
+    few = write_good(tmp_path / "few", 3, first_seed=100)
+    with pytest.raises(CalibrationError):
+        export_model(detector, out, "onnx", precision="fp16", pictures=few, calibrate=True)
+    assert not out.exists()
 
 
 def test_cross_calibration_goes_into_the_graph(good: Path, tmp_path: Path) -> None:
@@ -173,9 +224,7 @@ def test_cross_calibration_goes_into_the_graph(good: Path, tmp_path: Path) -> No
     answers = [answer for answer in detector.inspect(paths) if isinstance(answer, Inspection)]
     assert {answer.verdict for answer in answers} >= {Verdict.OK, Verdict.REJECT}
     for path, answer in zip(paths, answers, strict=True):
-        pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
-        found = graph(np.ascontiguousarray(pixels), np.ones((1, 1, 64, 64), bool))
-        assert VERDICTS[found["verdict"][0]] == answer.verdict.value
+        assert VERDICTS[graph(*framed(path))["verdict"][0]] == answer.verdict.value
 
 
 OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [

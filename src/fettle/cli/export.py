@@ -20,6 +20,12 @@ def export(
         Path | None,
         typer.Option(help="Good pictures to compare on; default: those that the model keeps."),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Set the thresholds anew, in this precision, on --pictures; the model must not know them."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the model as one graph, run it in its own engine, and compare. Exit code 1: too far apart."""
@@ -35,6 +41,7 @@ def export(
             format_,
             precision=precision,
             pictures=pictures,
+            calibrate=calibrate,
             progress=screen.progress,
             say=screen.say,
         )

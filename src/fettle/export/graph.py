@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -69,14 +69,25 @@ class ScoreVerdict(nn.Module):
 
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()
-        review, reject = calibration.t_review, calibration.t_reject
-        self.register_buffer("t_review", torch.tensor(-math.inf if review is None else float32_below(review)))
-        self.register_buffer("t_reject", torch.tensor(math.inf if reject is None else float32_below(reject)))
-        self.promises = review is not None
+        for name, value in _thresholds(calibration).items():
+            self.register_buffer(name, torch.tensor(value))
 
     def forward(self, score: Tensor) -> Tensor:
         verdict = (score > self.t_reject).long() + 1
-        return torch.where(score <= self.t_review, 0, verdict) if self.promises else verdict
+        return torch.where(score <= self.t_review, 0, verdict)
+
+
+def graph_thresholds(calibration: Calibration) -> Mapping[str, float]:
+    """The thresholds by the names of their constants in a graph without folds."""
+    return {f"verdict.{name}": value for name, value in _thresholds(calibration).items()}
+
+
+def _thresholds(calibration: Calibration) -> Mapping[str, float]:
+    review, reject = calibration.t_review, calibration.t_reject
+    return {
+        "t_review": -math.inf if review is None else float32_below(review),
+        "t_reject": math.inf if reject is None else float32_below(reject),
+    }
 
 
 class CrossVerdict(nn.Module):

@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,26 @@ def halve_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def set_onnx_constants(model: onnx.ModelProto, values: Mapping[str, float]) -> None:
+    """Give float32 constants other values, by name, in place."""
+    from onnx import numpy_helper
+
+    by_name = {constant.name: constant for constant in model.graph.initializer}
+    for name, value in values.items():
+        by_name[name].CopyFrom(numpy_helper.from_array(np.asarray(value, np.float32), name))
+
+
+def set_openvino_constants(model: openvino.Model, values: Mapping[str, float]) -> None:
+    """Give float32 constants other values, by name, in place."""
+    from openvino import opset13
+
+    by_name = {operation.get_friendly_name(): operation for operation in model.get_ops()}
+    for name, value in values.items():
+        constant = opset13.constant(np.asarray(value, np.float32))
+        constant.set_friendly_name(name)
+        by_name[name].output(0).replace(constant.output(0))
 
 
 def openvino_model(model: onnx.ModelProto) -> openvino.Model:
