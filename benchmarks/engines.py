@@ -5,9 +5,9 @@
     python benchmarks/engines.py table                                 # Markdown, from the records
 
 Each method learns the fabric's good training pictures on the default backbone, at 256 px, in its compact
-form; FETTLE_DATA names the folder of real pictures. Trainings of more than five minutes on one thread are cut
-to STEPS steps: too few to judge a method's accuracy, and enough for these figures. Models and exports stay in
-the system's temporary folder. Records:
+form; FETTLE_DATA names the folder of real pictures. Trainings, which would take more than five minutes on one
+thread, are cut to STEPS steps: too few to judge a method's accuracy, and enough for these figures. Models and
+exports stay in the system's temporary folder. Records:
 
 - parity-METHOD-ENGINE: the export's own comparison with the model, on test pictures, good and defective.
 - speed-METHOD: milliseconds a picture, alone and in eights. Engines by turns in one process; each turn comes
@@ -46,6 +46,7 @@ from fettle.export.run import export_model
 from fettle.export.writers import onnx_model, openvino_files, openvino_model, quiet
 from fettle.images.decode import read_picture
 from fettle.inspection import Inspection
+from fettle.methods.registry import find_method
 from fettle.model_folder import MANIFEST, read_model
 from fettle.protocols import Backbone, Json, no_progress, no_words
 from fettle.runtimes import Runtime, open_graph
@@ -54,7 +55,7 @@ RECORDS = Path(__file__).parent / "records" / "engines"
 MODELS = Path(tempfile.gettempdir()) / "fettle-engines"
 START = Path(__file__).with_name("engines_start.py")
 METHODS = ("patchcore", "padim", "cflow", "uniad", "fpfnet", "agpnet", "tfanet")
-SHORTENED, STEPS = ("cflow", "uniad", "fpfnet", "tfanet"), 200
+STEPS = 200
 GOOD_COMPARED = 12  # beside all 28 with defects
 TURNS, PASSES = 4, 6  # counted passes are their product
 PAUSE = 0.3  # seconds
@@ -99,8 +100,8 @@ def fitted(method: str) -> Detector:
 
 
 def settings(method: str) -> dict[str, object]:
-    """What the fit changes: a training's length, where the usual one takes more than five minutes."""
-    if method not in SHORTENED:
+    """What the fit changes: a training's length."""
+    if not find_method(method).traits.trained:
         return {}
     return {"steps": STEPS, "epochs": None} if method == "cflow" else {"steps": STEPS}
 
