@@ -12,6 +12,7 @@ exports stay in the system's temporary folder. Records:
 - parity-METHOD-ENGINE: the export's own comparison with the model, on test pictures, good and defective.
 - speed-METHOD: milliseconds a picture, alone and in eights. Engines by turns in one process; each turn comes
   after a pause, so that no other's threads still spin, and after a pass that is not counted.
+- work-METHOD: the same in processor time, with OMP_NUM_THREADS=1: for a machine that others use, too.
 - start-METHOD-ENGINE: a process from its start to the first verdict, and its memory: through Detector.load
   ("fettle"), without torch or Fettle ("alone"), and for PatchCore all of `fettle inspect` ("command").
 - fastest-METHOD: from files to verdicts, and what the backbone alone takes in the same engine.
@@ -153,7 +154,7 @@ def parity(method: str, engine: Engine) -> dict[str, Json]:
     }
 
 
-def speed(method: str) -> dict[str, Json]:
+def speed(method: str, clock: Callable[[], float] = time.perf_counter) -> dict[str, Json]:
     """Milliseconds a picture by engine, alone and in eights."""
     opened_ones = {engine.name: opened(method, engine) for engine in engines(method)}
     detector = opened_ones["torch"]
@@ -169,14 +170,26 @@ def speed(method: str) -> dict[str, Json]:
             name: lambda own=own, batch=batch: own.method(views[:batch], valid[:batch])
             for name, own in opened_ones.items()
         }
-        for name, seconds in by_turns(calls, TURNS, PASSES).items():
+        for name, seconds in by_turns(calls, TURNS, PASSES, clock=clock).items():
             found[f"{name}_batch{batch}_ms"] = round(1000 * median(seconds) / batch, 3)
     return found
 
 
+def work(method: str) -> dict[str, Json]:
+    """Milliseconds of processor time, which other processes change little."""
+    if torch.get_num_threads() > 1:
+        sys.exit("Threads that wait for each other spin: measure 'work' with OMP_NUM_THREADS=1.")
+    return speed(method, time.process_time)
+
+
 @torch.inference_mode()
 def by_turns(
-    calls: dict[str, Callable[[], object]], turns: int, passes: int, *, uncounted: int = 1
+    calls: dict[str, Callable[[], object]],
+    turns: int,
+    passes: int,
+    *,
+    uncounted: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of the calls, so many at a time in each turn, after a pause and those that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -186,9 +199,9 @@ def by_turns(
             for _ in range(uncounted):
                 call()
             for _ in range(passes):
-                start = time.perf_counter()
+                start = clock()
                 call()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -310,6 +323,8 @@ def cells() -> Iterator[tuple[str, Callable[[], dict[str, Json]]]]:
             yield f"parity-{method}-{engine.name}", lambda m=method, e=engine: parity(m, e)
     for method in METHODS:
         yield f"speed-{method}", lambda m=method: speed(m)
+    for method in METHODS:
+        yield f"work-{method}", lambda m=method: work(m)
     for method in METHODS:
         yield f"fastest-{method}", lambda m=method: fastest(m)
     for method in METHODS:

@@ -5,8 +5,8 @@
 WAY is "fettle", for any model folder; or "onnx" or "openvino", for an exported folder, without torch and
 Fettle. STARTED is when the process was started, seconds since the epoch. The picture has the frame's size.
 Prints one JSON object: seconds until Python runs ("python") and of the steps "import", "load" and "first"
-(decode, run, judge), their sum "start", and MiB resident after the first verdict ("rss") and at most so far
-("peak").
+(decode, run, judge), their sum "start", processor seconds ("work"), and MiB resident after the first verdict
+("rss") and at most so far ("peak").
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ def main() -> None:
     steps = [round(later - before, 4) for before, later in pairwise(times)]
     found = dict(zip(("python", "import", "load", "first"), steps, strict=True))
     memory = {name: resident(of) for name, of in (("rss", "VmRSS"), ("peak", "VmHWM"))}
-    print(json.dumps({"verdict": verdict, **found, "start": round(times[-1] - times[0], 4), **memory}))
+    print(
+        json.dumps(
+            {
+                "verdict": verdict,
+                **found,
+                "start": round(times[-1] - times[0], 4),
+                "work": round(time.process_time(), 4),
+                **memory,
+            }
+        )
+    )
 
 
 def by_fettle(model: Path, picture: Path, done: Callable[[], None]) -> str:

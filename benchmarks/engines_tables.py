@@ -25,7 +25,8 @@ WAYS = {"fettle": "Detector", "alone": "without torch", "command": "fettle inspe
 def show(records: Records) -> None:
     tables = {
         "Parity": parity(records),
-        "Speed, ms a picture": speed(records),
+        "Speed, ms a picture": speed(records, "speed"),
+        "Processor time, ms a picture": speed(records, "work"),
         "From files to verdicts": fastest(records),
         "Start and memory": starts(records),
         "Start and memory in full": starts_in_full(records, "patchcore"),
@@ -35,9 +36,6 @@ def show(records: Records) -> None:
             print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
             for row in rows:
                 print(f"| {' | '.join(row.values())} |")
-    others = [record["others_busy"] for record in records.values() if "others_busy" in record]
-    if others:
-        print(f"\nBeside a measurement other processes took at most {max(others)} processors.")
 
 
 def parity(records: Records) -> Rows:
@@ -55,11 +53,11 @@ def parity(records: Records) -> Rows:
     ]
 
 
-def speed(records: Records) -> Rows:
-    """Alone / in eights, and as a share of PyTorch's."""
+def speed(records: Records, kind: str) -> Rows:
+    """Alone and in eights, and as a share of PyTorch's."""
     rows = []
     for method in method_names():
-        record = records.get(f"speed-{method}")
+        record = records.get(f"{kind}-{method}")
         for engine, name in NAMES.items():
             if record is None or f"{engine}_batch1_ms" not in record:
                 continue
@@ -67,7 +65,7 @@ def speed(records: Records) -> Rows:
             for batch in (1, 8):
                 own, torchs = record[f"{engine}_batch{batch}_ms"], record[f"torch_batch{batch}_ms"]
                 row |= {f"batch {batch}": f"{own:.1f}", f"batch {batch}, of PyTorch's": f"{own / torchs:.2f}"}
-            rows.append(row)
+            rows.append({**row, "others took": f"{record['others_busy']:.2f}"})
     return rows
 
 
@@ -99,16 +97,16 @@ def fastest(records: Records) -> Rows:
 
 
 def starts(records: Records) -> Rows:
-    """Seconds to the first verdict and MiB then, through Detector, and without torch."""
+    """Processor seconds to the first verdict and MiB then, through Detector, and without torch."""
     rows: dict[str, dict[str, str]] = {}
     for method, engine, record in chosen(records, "start"):
         if "_" in engine:
             continue
         row = rows.setdefault(method, {"method": method})
-        row[NAMES[engine]] = f"{record['fettle_start']:.1f} s, {record['fettle_rss']:.0f}"
+        row[NAMES[engine]] = f"{record['fettle_work']:.1f} s, {record['fettle_rss']:.0f}"
         if "alone_start" in record:
             row[f"{NAMES[engine]}, without torch"] = (
-                f"{record['alone_start']:.1f} s, {record['alone_rss']:.0f}"
+                f"{record['alone_work']:.1f} s, {record['alone_rss']:.0f}"
             )
     return list(rows.values())
 
@@ -125,6 +123,7 @@ def starts_in_full(records: Records, method: str) -> Rows:
                 ("import", "import", 2),
                 ("load", "load", 2),
                 ("first", "first", 2),
+                ("work", "processor seconds", 2),
                 ("rss", "resident MiB", 0),
                 ("peak", "peak MiB", 0),
             ):
