@@ -743,6 +743,21 @@ def test_score_windows_have_no_border_and_lie_at_every_pixel() -> None:
     torch.testing.assert_close(score, torch.tensor([1 / 256, 1 / 256, 1 / 256, 1.0]))
 
 
+@pytest.mark.parametrize("side", [(1, 1), (3, 3), (5, 16), (16, 2), (64, 64)])
+def test_score_windows_are_averaged_whole(side: tuple[int, int]) -> None:
+    draws = torch.Generator().manual_seed(0)
+    anomaly_map = torch.rand(2, 48, 40, generator=draws)
+    valid = torch.rand(2, 1, 48, 40, generator=draws) < 0.8
+    anomaly_map *= valid[:, 0]
+    high, wide = min(side[0], 48), min(side[1], 40)
+    found = pooled_maximum(anomaly_map, valid, side)
+    for one in range(2):
+        windows = anomaly_map[one].double().unfold(0, high, 1).unfold(1, wide, 1)
+        shares = valid[one, 0].double().unfold(0, high, 1).unfold(1, wide, 1)
+        expected = (windows.mean(dim=(2, 3)) / shares.mean(dim=(2, 3)).clamp_min(0.5)).amax()
+        assert float(found[one]) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_pooling_of_the_score_can_be_set() -> None:
     pictures = good_pictures(2)
     maps = prepared(score_pool=1)(pictures, whole(pictures))

@@ -52,9 +52,13 @@ def pooled_maximum(anomaly_map: Tensor, valid: Tensor, side: tuple[int, int]) ->
     on what is not valid cannot win by a few pixels.
     """
     side = (min(side[0], anomaly_map.shape[-2]), min(side[1], anomaly_map.shape[-1]))
-    mean = F.avg_pool2d(anomaly_map[:, None], side, stride=1)
-    share = F.avg_pool2d(valid.to(anomaly_map.dtype), side, stride=1)
+    mean, share = (_window_means(one, side) for one in (anomaly_map[:, None], valid.to(anomaly_map.dtype)))
     return (mean / share.clamp_min(0.5)).flatten(1).amax(dim=1)
+
+
+def _window_means(values: Tensor, side: tuple[int, int]) -> Tensor:
+    """Mean of every window: rows, then columns, as engines would add up all of a window for each place."""
+    return F.avg_pool2d(F.avg_pool2d(values, (side[0], 1), stride=1), (1, side[1]), stride=1)
 
 
 def score_of_map(anomaly_map: Tensor, valid: Tensor, kind: MapScore) -> Tensor:
