@@ -88,7 +88,7 @@ def mean_auroc(records: Records, side: str) -> float | None:
 
 
 def estimate(records: Records, pictures: int) -> float | None:
-    """anomalib's PatchCore fit of more pictures: picks times rows for its selection, pictures for the rest."""
+    """anomalib's PatchCore fit of more pictures: its selection by picks times rows, the rest by pictures."""
     at_50 = found(records, "fit-patchcore-fabric-50-anomalib", "learnt", "cpu_s")
     selection = found(records, "fit-patchcore-fabric-50-anomalib", "selection", "cpu_s")
     if at_50 is None:
@@ -228,7 +228,7 @@ def picks(records: Records) -> str:
     return (
         f"Selection on the same {told['rows'][0]:,} rows of {told['rows'][1]}, from the same first row: "
         f"{told['shared']:,} of {told['picks']:,} picks are in both sets, {told['same_place']:,} in the same "
-        f"place, and {where}. The banks' radii are {told['radius_anomalib']:.6f} and {told['radius_fettle']:.6f}."
+        f"place; {where}. The banks' radii are {told['radius_anomalib']:.6f} and {told['radius_fettle']:.6f}."
     )
 
 
