@@ -70,6 +70,8 @@ def fit(given: Given) -> Found:
     from anomalib.models.image.patchcore import torch_model
 
     model = build(given["method"], given["weights"])
+    if "ratio" in given:
+        model.coreset_sampling_ratio = given["ratio"]
     data = folder_data(given["folder"])
     selected: Found = {}
 

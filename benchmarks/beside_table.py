@@ -103,11 +103,9 @@ def estimate(records: Records, pictures: int) -> float | None:
 def targets(records: Records) -> str:
     """Targets"""
     theirs, ours = "fit-patchcore-fabric-50-anomalib", "fit-patchcore-fabric-50-fettle"
-    memory = [found(records, name, "learnt", "added_mib") for name in (theirs, ours)]
-    padim = [
-        found(records, f"fit-padim-screw-{number}-fettle", "learnt", "added_mib") for number in (50, 200)
-    ]
-    padim_theirs = found(records, "fit-padim-screw-200-anomalib", "learnt", "added_mib")
+    added, peak = ("learnt", "added_mib"), ("whole", "peak_mib")
+    padim = {number: found(records, f"fit-padim-screw-{number}-fettle", *added) for number in (50, 200, 280)}
+    large = [found(records, f"memory-patchcore-screw-200-{side}", *added) for side in ("anomalib", "fettle")]
     cpu = ("learnt", "cpu_s")
     lost = None
     if None not in (both := [mean_auroc(records, side) for side in ("anomalib", "fettle")]):
@@ -129,15 +127,24 @@ def targets(records: Records) -> str:
                 selection_ms(records, "select-patchcore-fabric-50"),
             ),
         ),
-        row("memory that the PatchCore fit adds, 50 pictures", 2, ratio(*memory)),
-        row("memory that the PaDiM fit adds, 200 pictures", 2, ratio(padim_theirs, padim[1])),
-        (
-            "PaDiM's memory, 200 pictures over 50",
-            "flat",
-            ratio(padim[1], padim[0]),
-            lambda value: value <= 1.1,
-            ".2f",
+        row(
+            "memory that the PatchCore fit adds, 50 pictures, the same bank",
+            2,
+            ratio(found(records, theirs, *added), found(records, ours, *added)),
         ),
+        row(
+            "peak of that process, the whole fit",
+            2,
+            ratio(found(records, theirs, *peak), found(records, ours, *peak)),
+        ),
+        row("memory that the PatchCore fit adds, 200 pictures, Fettle's default bank", 2, ratio(*large)),
+        row(
+            "memory that the PaDiM fit adds, 200 pictures",
+            2,
+            ratio(found(records, "fit-padim-screw-200-anomalib", *added), padim[200]),
+        ),
+        flat("PaDiM's memory, 200 pictures over 50", ratio(padim[200], padim[50])),
+        flat("PaDiM's memory, 280 pictures over 200", ratio(padim[280], padim[200])),
         row("one picture, PatchCore", 1.7, inference_ratio(records, "patchcore")),
         row("one picture, PaDiM", 1.4, inference_ratio(records, "padim")),
         row("folder to results, the same model", 2, folder_ratio(records, "patchcore-fabric-50", rate)),
@@ -168,6 +175,11 @@ def row(
     return what, f"{least} times", value, lambda found: found >= least, ".1f"
 
 
+def flat(what: str, value: float | None) -> tuple[str, str, float | None, Callable[[float], bool], str]:
+    """A target that a figure does not grow, by more than a twentieth."""
+    return what, "flat", value, lambda found: found <= 1.05, ".2f"
+
+
 def inference_ratio(records: Records, method: str) -> float | None:
     sides = [turns(records, f"infer-{method}-{side}", "whole", "cpu_ms") for side in ("anomalib", "fettle")]
     return ratio(*sides)
@@ -188,10 +200,13 @@ def fits(records: Records) -> str:
         "patchcore-screw-200",
         "padim-screw-50",
         "padim-screw-200",
+        "padim-screw-280",
     ):
         for side in ("anomalib", "fettle"):
             name = f"fit-{model}-{side}"
             method, data, number = model.split("-")
+            if name not in records and name.startswith("fit-padim-screw-280"):
+                continue
             if name not in records and side == "anomalib" and method == "patchcore":
                 guess = shown(estimate(records, int(number)), ".0f")
                 rows.append(
