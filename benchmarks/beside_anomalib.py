@@ -58,6 +58,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
 )
+NOT_SQUARE = ("magnetic_tile", "battery_weld")  # pictures that anomalib squashes, and Fettle pads or frames
 SAME = {"backbone": "resnet18", "frame": "square", "size": 256}
 SAME_BANK = {**SAME, "settings": {"bank_rows": 0, "bank_ratio": 0.1}}
 Found = Mapping[str, Any]
@@ -133,6 +134,14 @@ def fits() -> Iterator[Part]:
         yield Part(f"accuracy-score-{product}-anomalib", "anomalib", "score", {**theirs, "test": data})
         scored = {"model": f"{ours['model']}-openvino", "test": data}
         yield Part(f"accuracy-score-{product}-fettle", "fettle", "score", scored)
+        if product in NOT_SQUARE:
+            model = f"square-{data}"
+            square = {"model": model, "folder": data, "settings": {"frame": "square"}}
+            yield Part(f"square-fit-{product}", "fettle", "fit", square)
+            given = {"model": model, "format": "openvino", "pictures": None}
+            yield Part(f"square-export-{product}", "fettle", "export", given)
+            scored = {"model": f"{model}-openvino", "test": data}
+            yield Part(f"accuracy-score-{product}-square", "fettle", "score", scored)
     for format_ in FORMATS:
         given = {"method": "patchcore", "model": "patchcore-fabric-50", "format": format_}
         theirs = {**given, "sample": "fabric-50", "passes": PASSES}

@@ -74,8 +74,10 @@ def whole_rate(records: Records, start: str, clock: str) -> float | None:
 
 
 def auroc(records: Records, product: str, side: str) -> float | None:
-    """Of the scores in a record; a picture is good if its folder says so."""
+    """Of the scores in a record; a picture is good if its folder says so. Square pictures stay square."""
     scores = found(records, f"accuracy-score-{product}-{side}", "scores")
+    if scores is None and side == "square" and product in ("screw", "fabric"):
+        return auroc(records, product, "fettle")
     if scores is None:
         return None
     return image_auroc(list(scores.values()), [PurePath(path).parent.name != "good" for path in scores])
@@ -107,9 +109,6 @@ def targets(records: Records) -> str:
     padim = {number: found(records, f"fit-padim-screw-{number}-fettle", *added) for number in (50, 200, 280)}
     large = [found(records, f"memory-patchcore-screw-200-{side}", *added) for side in ("anomalib", "fettle")]
     cpu = ("learnt", "cpu_s")
-    lost = None
-    if None not in (both := [mean_auroc(records, side) for side in ("anomalib", "fettle")]):
-        lost = 100 * (both[0] - both[1])  # type: ignore[operator]
     rows: list[tuple[str, str, float | None, Callable[[float], bool], str]] = [
         row(
             "PatchCore fit, 50 pictures", 20, ratio(found(records, theirs, *cpu), found(records, ours, *cpu))
@@ -157,7 +156,8 @@ def targets(records: Records) -> str:
                 found(records, "start-fettle", "help", "wall_s"),
             ),
         ),
-        ("mean image AUROC lost, points", "1", lost, lambda value: value <= 1, ".2f"),
+        lost("mean image AUROC lost, default model, points", records, "fettle"),
+        lost("the same with --frame square", records, "square"),
     ]
     return markdown(
         ("what", "target", "measured", "met"),
@@ -178,6 +178,15 @@ def row(
 def flat(what: str, value: float | None) -> tuple[str, str, float | None, Callable[[float], bool], str]:
     """A target that a figure does not grow, by more than a twentieth."""
     return what, "flat", value, lambda found: found <= 1.05, ".2f"
+
+
+def lost(
+    what: str, records: Records, side: str
+) -> tuple[str, str, float | None, Callable[[float], bool], str]:
+    """A target that anomalib's mean AUROC is at most one point higher."""
+    theirs, ours = mean_auroc(records, "anomalib"), mean_auroc(records, side)
+    value = None if theirs is None or ours is None else 100 * (theirs - ours)
+    return what, "1", value, lambda found: found <= 1, ".1f"
 
 
 def inference_ratio(records: Records, method: str) -> float | None:
@@ -295,11 +304,11 @@ def accuracy(records: Records) -> str:
     """Image AUROC"""
     rows = [
         (
-            side,
+            "fettle, --frame square" if side == "square" else side,
             *(shown(auroc(records, product, side), ".3f") for product in PRODUCTS),
             shown(mean_auroc(records, side), ".3f"),
         )
-        for side in ("anomalib", "fettle")
+        for side in ("anomalib", "fettle", "square")
     ]
     return markdown(("side", *PRODUCTS, "mean"), rows)
 
