@@ -193,7 +193,7 @@ def _check(rows: Tensor, num_picks: int, start: int | None) -> None:
 def _half_norms(rows: Tensor, block_bytes: int) -> Tensor:
     """Half the squared norms of rows (M, d), (M,), in row blocks: no squared copy of all rows."""
     step = max(1, block_bytes // (4 * max(rows.shape[1], 1)))
-    return torch.cat([part.square().sum(1) / 2 for part in rows.split(step)])
+    return torch.cat([rows[i : i + step].square().sum(1) / 2 for i in range(0, len(rows), step)])
 
 
 def _lower_keys(keys: Tensor, rows: Tensor, half_norms: Tensor, fresh: list[int], block_bytes: int) -> None:
