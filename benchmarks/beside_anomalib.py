@@ -274,13 +274,11 @@ def child(command: Sequence[str], more: Mapping[str, str] | None = None) -> tupl
 def start_up(side: str, python: str) -> dict[str, Any]:
     """Medians of `--help` and of imports, as whole processes."""
     script = str(Path(python).with_name(side))
-    library = {"anomalib": "anomalib.models", "fettle": "fettle.detector"}[side]
+    library = {"anomalib": "anomalib.models", "fettle": "fettle"}[side]
     commands = {
         "help": [script, "--help"],
-        "import": [python, "-c", f"import {side}"],
-        "import_models": [python, "-c", f"import {library}"],
+        "import": [python, "-c", f"import {library}"],
         "import_torch": [python, "-c", "import torch"],
-        "python": [python, "-c", ""],
     }
     found = {}
     for name, command in commands.items():

@@ -340,8 +340,7 @@ def starts(records: Records) -> str:
     """Start-up: wall seconds (CPU seconds), and MiB installed"""
     keys = {
         "`--help`": "help",
-        "import of the package": "import",
-        "import of what fits a model": "import_models",
+        "`import anomalib.models`, `import fettle`": "import",
         "import of torch": "import_torch",
     }
     sides = ("anomalib", "fettle")
