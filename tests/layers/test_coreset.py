@@ -12,6 +12,7 @@ from torch import Tensor
 from fettle.errors import UsageError
 from fettle.layers.coreset import (
     CoresetStream,
+    _half_norms,
     draw_projection,
     predict,
     project,
@@ -252,13 +253,21 @@ def test_the_way_rows_are_handed_over_does_not_matter() -> None:
     assert torch.equal(whole.rows, again.rows) and torch.equal(whole.owners, again.owners)
 
 
-def test_stream_keeps_its_own_copy() -> None:
+def test_rows_are_held_and_not_copied_until_a_bank_is_made_of_them() -> None:
     rows = _features(50, 8)
     kept = rows.clone()
     stream = _stream(8, 100, 300)
     stream.add(rows, 0)
+    assert stream._blocks[0].data_ptr() == rows.data_ptr()
+    bank = stream.finish()
     rows.zero_()
-    assert torch.equal(stream.finish().rows, kept)
+    assert torch.equal(bank.rows, kept)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 333, 2**21])
+def test_norms_taken_in_blocks_are_the_same_bits(block_bytes: int) -> None:
+    rows = _features(500, 267)
+    assert torch.equal(_half_norms(rows, block_bytes), rows.square().sum(1) / 2)
 
 
 def test_stream_refuses_what_it_cannot_hold() -> None:

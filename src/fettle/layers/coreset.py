@@ -114,7 +114,7 @@ def select_greedy(
         UsageError: rows that are no (M, d) float32 tensor, or num_picks or start outside 1..M, 0..M-1.
     """
     _check(rows, num_picks, start)
-    half_norms = rows.square().sum(1) / 2  # (M,)
+    half_norms = _half_norms(rows, block_bytes)  # (M,)
     if start is None:
         mean = rows.mean(0)
         start = int(torch.argmin(half_norms - rows @ mean))
@@ -162,7 +162,7 @@ def select_approximate(
     sample = torch.randperm(len(rows), generator=generator)[: 4 * num_picks].sort().values.to(rows.device)
     chosen = select_greedy(rows[sample], num_picks, progress=progress, block_bytes=block_bytes)
     picks = sample[chosen.indices]
-    half_norms = rows.square().sum(1) / 2
+    half_norms = _half_norms(rows, block_bytes)
     keys = torch.full_like(half_norms, torch.inf)
     _lower_keys(keys, rows, half_norms, picks.tolist(), block_bytes)
     added = keys.topk(num_picks // 10)
@@ -188,6 +188,12 @@ def _check(rows: Tensor, num_picks: int, start: int | None) -> None:
         )
     if start is not None and not 0 <= start < len(rows):
         raise UsageError(f"The start row {start} is not one of {len(rows)} rows.", "Give a row's index.")
+
+
+def _half_norms(rows: Tensor, block_bytes: int) -> Tensor:
+    """Half the squared norms of rows (M, d), (M,), in row blocks: no squared copy of all rows."""
+    step = max(1, block_bytes // (4 * max(rows.shape[1], 1)))
+    return torch.cat([rows[i : i + step].square().sum(1) / 2 for i in range(0, len(rows), step)])
 
 
 def _lower_keys(keys: Tensor, rows: Tensor, half_norms: Tensor, fresh: list[int], block_bytes: int) -> None:
@@ -322,6 +328,9 @@ class CoresetStream:
     def add(self, rows: Tensor, owner: int) -> None:
         """Append rows (n, D) of the picture `owner`; reduces whenever the buffer is full.
 
+        Contiguous float32 rows are not copied but held until then: do not change them. A view keeps alive all
+        that it is a view of.
+
         Raises:
             UsageError: another number of features, or a row that is not finite.
         """
@@ -338,8 +347,7 @@ class CoresetStream:
             part = rows[: self.room - self._held]
             rows = rows[len(part) :]
             arrival = torch.arange(self._seen, self._seen + len(part))
-            # A copy, since the caller's rows may be a view that would keep a whole batch alive.
-            self._append(part.to(torch.float32, copy=True), torch.full_like(arrival, owner), arrival)
+            self._append(part.float().contiguous(), torch.full_like(arrival, owner), arrival)
             self._seen += len(part)
 
     def finish(self) -> Bank:

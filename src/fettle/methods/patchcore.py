@@ -161,7 +161,9 @@ class PatchCore(nn.Module):
                 stream = self._new_stream(patches.shape[1], expected, run)
             rows = patches.permute(0, 2, 3, 1)  # (B, h, w, D)
             for picture, picture_tokens, group in zip(rows, tokens, batch.groups, strict=True):
-                stream.add(picture[picture_tokens], owner_of.setdefault(group, len(owner_of)))
+                # Where all are valid they are a view, whose batch the feature stream may keep in any case.
+                own = picture.flatten(0, 1) if bool(picture_tokens.all()) else picture[picture_tokens]
+                stream.add(own, owner_of.setdefault(group, len(owner_of)))
         if stream is None:
             raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
         bank = stream.finish()
