@@ -39,6 +39,7 @@ DATA = {
     "battery_weld": "battery_weld",
     "fabric": "fabric",
 }
+OTHER_FRAMES = {"battery_weld": "auto", "magnetic_tile": "pad"}  # "auto" is a rectangle for the welds
 SEEDS = (0, 1, 2)
 
 
@@ -71,8 +72,8 @@ def cells() -> Iterator[Cell]:
     }
     for backbone, data in itertools.product(methods, DATA):
         frames = ["square"]
-        if backbone in ("tf_efficientnet_lite2", "resnet18") and data in ("battery_weld", "magnetic_tile"):
-            frames.append("auto")  # a rectangle for the welds, padding for the tiles
+        if backbone in ("tf_efficientnet_lite2", "resnet18") and data in OTHER_FRAMES:
+            frames.append(OTHER_FRAMES[data])
         for frame, method, seed in itertools.product(frames, methods[backbone], SEEDS):
             yield Cell(data, backbone, method, frame, seed)
 

@@ -299,7 +299,8 @@ def choose_frame(
         return frame("native", height, width, "no resizing was asked for; the largest good picture fits")
     aspects = [math.log(width / height) for height, width in picture_sizes]
     if max(aspects) - min(aspects) > _SAME_ASPECT:
-        return frame("pad", size, size, "the good pictures have several aspect ratios")
+        # Padded, a picture's border lies at another place each time, and good pictures are odd there.
+        return frame("stretch", size, size, "the good pictures have several aspect ratios")
     height, width = best_rectangle(float(np.median(aspects)), size, side_step)
     return frame("stretch", height, width, "the good pictures share one aspect ratio")
 
