@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fettle.errors import UsageError
-from fettle.layers.neighbours import FlatIndex, k_nearest, nearest
+from fettle.layers.neighbours import FlatIndex, grids_pay, k_nearest, nearest, nearest_on_grids
 
 
 def _rows(num: int, dims: int = 24, seed: int = 0) -> Tensor:
@@ -88,6 +89,31 @@ def test_faiss_gives_the_same() -> None:
     ours, theirs = nearest(queries, bank), FlatIndex(bank).nearest(queries)
     assert torch.equal(ours.row, theirs.row)
     torch.testing.assert_close(ours.squared_distance, theirs.squared_distance, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sides", [(12, 6), (12, 6, 3), (13, 7), (8, 8)])
+def test_levels_on_their_own_grids_find_the_same_rows(sides: tuple[int, ...]) -> None:
+    """Also where a coarse grid is not half the fine one, and for two pictures."""
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, 10, side, side + 1, generator=generator) for side in sides]
+    grid = levels[0].shape[-2:]
+    joined = [F.interpolate(one, size=grid, mode="bilinear", align_corners=False) for one in levels]
+    queries = torch.cat(joined, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+    bank = torch.randn(640, queries.shape[1], generator=generator)
+    rows = nearest_on_grids(levels, bank)
+    assert rows.shape == (2, *grid)
+    assert torch.equal(rows.flatten(), nearest(queries, bank).row)
+
+
+def test_grids_pay_for_wide_coarse_levels_on_small_grids() -> None:
+    def pays(channels: tuple[int, int], side: int) -> bool:
+        return grids_pay(
+            [torch.empty(1, channels[0], side, side), torch.empty(1, channels[1], side // 2, side // 2)]
+        )
+
+    assert pays((128, 256), 32)
+    assert not pays((48, 120), 32)
+    assert not pays((128, 256), 64)
 
 
 def test_gradient_is_that_of_the_difference() -> None:

@@ -190,6 +190,23 @@ def test_bank_ratio_counts_valid_patches_only() -> None:
     assert len(method.bank) == 60
 
 
+@pytest.mark.parametrize("settings", [{}, {"score": "patch_max", "reweight": 3}])
+def test_levels_on_their_own_grids_give_the_same_answers(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    method = fitted(**settings)
+    asked: list[int] = []
+    with torch.no_grad():
+        expected = method(*pictures(20, 21))
+        monkeypatch.setattr(
+            "fettle.methods.patchcore.grids_pay", lambda levels: not asked.append(len(levels))
+        )
+        found = method(*pictures(20, 21))
+    assert asked == [2]
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-5, atol=1e-6)
+
+
 def test_ratio_that_gives_no_row_is_refused() -> None:
     with pytest.raises(DataError, match=r"0\.10% of 64 patches is no row.*Raise bank_ratio"):
         patchcore(bank_ratio=0.001).prepare(random_stream(1), Run())

@@ -7,9 +7,11 @@ faiss, an exported graph) gives the same value, and the value is right down to z
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fettle.errors import UsageError
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     import faiss
 
 _BLOCK = 4096  # bank rows that all queries meet at once, where their number is not known
+_MOST_ON_GRIDS = 1024  # patches of a picture that meet the bank at once
+_WORTH_RESAMPLING = (
+    128  # multiply-adds saved for each patch and row: below, resampling products costs as much
+)
 _GROUP = 64  # columns whose minimum is taken first; any value gives the same answer
 
 
@@ -102,6 +108,46 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int | None = 1024
         squared.append(distances.gather(1, order))
         index.append(rows.gather(1, order))
     return Nearest(torch.cat(squared), torch.cat(index))
+
+
+def grids_pay(levels: Sequence[Tensor]) -> bool:
+    """Whether `nearest_on_grids` is faster for these levels than `nearest` for the patches they make."""
+    places = [level.shape[-2] * level.shape[-1] for level in levels]
+    saved = sum(level.shape[1] * (1 - own / places[0]) for level, own in zip(levels, places, strict=True))
+    return places[0] <= _MOST_ON_GRIDS and saved >= _WORTH_RESAMPLING
+
+
+def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
+    """The nearest bank row (B, h, w) of patches that join levels, up to rounding that of `nearest`.
+
+    Resampling is linear, so it commutes with products: each level meets its part of the bank on its own grid,
+    and products are resampled. No gradient.
+
+    Args:
+        levels: two or more (B, C, h, w), the finest first, as they are before the others are resampled
+            bilinearly to its grid and joined.
+        bank: (M, the sum of C).
+    """
+    fine, *coarse = (level.detach() for level in levels)
+    bank = bank.detach()
+    of_fine, *of_coarse = torch.split(bank, [level.shape[1] for level in levels], dim=1)
+    half_norms = bank.square().sum(1) / 2
+    batch, _, height, width = fine.shape
+    found = []
+    for i in range(batch):
+        products: list[Tensor] = []  # (h * w, M) each
+        for level, part in zip(coarse, of_coarse, strict=True):
+            rows, columns = level.shape[-2:]
+            # Weights of a resampling add up to 1, so that a norm stays what it is, and is counted once.
+            norms = half_norms if not products else torch.zeros_like(half_norms)
+            own = torch.addmm(norms, level[i].flatten(1).T, part.T, alpha=-1).view(1, rows, columns, -1)
+            own = F.interpolate(
+                own.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
+            )
+            products.append(own.permute(0, 2, 3, 1).reshape(height * width, -1))
+        product = products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
+        found.append(_argmin(product.addmm_(fine[i].flatten(1).T, of_fine.T, alpha=-1)))
+    return torch.stack(found).view(batch, height, width)
 
 
 class FlatIndex:

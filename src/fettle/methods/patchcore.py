@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from fettle.errors import ConfigError, DataError
 from fettle.layers.coreset import CoresetStream, draw_projection, sparse_projection
 from fettle.layers.energy_scale import EnergyScale
-from fettle.layers.neighbours import FlatIndex, Nearest, k_nearest, nearest
+from fettle.layers.neighbours import (
+    FlatIndex,
+    Nearest,
+    grids_pay,
+    k_nearest,
+    nearest,
+    nearest_on_grids,
+)
 from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import (
     Backbone,
@@ -129,19 +136,27 @@ class PatchCore(nn.Module):
 
     def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Locally averaged, joined patch features (section 3.1): {"patches": (B, D, h, w)}."""
+        return {"patches": self._joined(self._levels(pictures))}
+
+    def _levels(self, pictures: Tensor) -> list[Tensor]:
+        """The levels (B, C, h, w), finest first; averaged locally where they are to be joined as they are."""
         by_name = self.backbone(pictures, self.levels)
         levels = [by_name[name] for name in self.levels]
         if self.config.embedding == "pooled":
-            return {"patches": pooled_embedding(levels[0], levels[1])}
+            return levels
+        return [F.avg_pool2d(level, 3, stride=1, padding=1) for level in levels]
+
+    def _joined(self, levels: Sequence[Tensor]) -> Tensor:
+        if self.config.embedding == "pooled":
+            return pooled_embedding(levels[0], levels[1])
         grid = levels[0].shape[-2:]
-        averaged = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in levels]
         resized = [
             level
             if level.shape[-2:] == grid
             else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-            for level in averaged
+            for level in levels
         ]
-        return {"patches": torch.cat(resized, dim=1)}
+        return torch.cat(resized, dim=1)
 
     @torch.no_grad()
     def prepare(self, good: FeatureStream, run: Run) -> FitRecord:
@@ -230,7 +245,12 @@ class PatchCore(nn.Module):
         self.scale.settle(energies)
 
     def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
-        patches = self.features(pictures, valid)["patches"]
+        levels = self._levels(pictures)
+        patches = self._joined(levels)
+        if self._on_grids(levels):
+            row = nearest_on_grids(levels, self.bank)
+            distance = (patches - self.bank[row].permute(0, 3, 1, 2)).square().sum(dim=1).sqrt()
+            return self._maps(patches, valid, distance, row[..., None], self.bank)
         distance, index = self._search(patches, self.bank)
         return self._maps(patches, valid, distance, index, self.bank)
 
@@ -250,6 +270,17 @@ class PatchCore(nn.Module):
         """The same of parts of frames: the bank knows no places."""
         return self.patch_energy(pictures, valid)
 
+    def _on_grids(self, levels: Sequence[Tensor]) -> bool:
+        """Whether levels meet the bank on their own grids. Engines would copy products to resample them."""
+        config = self.config
+        return (
+            config.embedding == "concat"
+            and config.neighbours == 1
+            and self._route(self.bank) == "matrix"
+            and not torch.compiler.is_exporting()
+            and grids_pay(levels)
+        )
+
     def _search(self, patches: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (B, D, h, w) -> patch score (B, h, w) and bank rows (B, h, w, k), nearest first."""
         batch, dims, height, width = patches.shape
@@ -263,16 +294,20 @@ class PatchCore(nn.Module):
 
     def _nearest(self, queries: Tensor, bank: Tensor) -> Nearest:
         """By matrix products, or by an index of the whole bank; the same rows and distances."""
-        search = self.config.search
-        if search == "auto":
-            search = "faiss" if len(bank) > _MATRIX_ROWS and not bank.is_cuda else "matrix"
-        if torch.compiler.is_exporting():
-            search = "matrix"
-        if search == "matrix" or bank is not self.bank:  # a bank with rows left out lives for one search
+        if (
+            self._route(bank) == "matrix" or bank is not self.bank
+        ):  # one with rows left out lives for one search
             return nearest(queries, bank, chunk=_chunk())
         if self._flat is None or self._flat[0] is not bank:
             self._flat = (bank, FlatIndex(bank))
         return self._flat[1].nearest(queries)
+
+    def _route(self, bank: Tensor) -> Literal["matrix", "faiss"]:
+        if torch.compiler.is_exporting():
+            return "matrix"
+        if self.config.search != "auto":
+            return self.config.search
+        return "faiss" if len(bank) > _MATRIX_ROWS and not bank.is_cuda else "matrix"
 
     def _maps(self, patches: Tensor, valid: Tensor, distance: Tensor, index: Tensor, bank: Tensor) -> Maps:
         anomaly_map = pixel_map(distance, valid, self.config.sigma)
