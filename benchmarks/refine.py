@@ -192,6 +192,7 @@ def table() -> None:
         print(f"\n#### {title}: pixel AP / IoU / boundary F\n")
         print_rows(records, "main", part, mode, REFINERS, (*REAL, "parts"), BASES, figures_of)
         if part == "tight":
+            print_means(records, part, mode)
             print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
             print_rows(records, "main", part, mode, REFINERS[1:], (*REAL, "parts"), BASES, change_of)
     print("\n#### The other methods, one seed, every picture refined: pixel AP / IoU / boundary F\n")
@@ -231,6 +232,23 @@ def print_rows(
             row = [show(runs, arm, mode) if runs else "" for runs in known.values()]
             if any(row):
                 print(f"| {data} | {arm} | {' | '.join(row)} |")
+
+
+def print_means(records: Mapping[str, Mapping[str, Json]], part: str, mode: str) -> None:
+    """Rows of means over the data sets, by refiner, where all are there."""
+    of_data = tuple(data for data in (*REAL, "parts") if data != "battery_weld")  # its masks are coarse
+    for arm in REFINERS:
+        cells = []
+        for method in BASES:
+            by_data = [runs_of(records, "main", data, method, part) for data in of_data]
+            keys = ("pixel_ap", "iou", "boundary_f")
+            means = [
+                fmean(fmean(cast(float, run[arm][mode][key]) for run in runs) for runs in by_data)
+                for key in keys
+                if all(by_data)
+            ]
+            cells.append(" / ".join(f"{mean:.3f}" for mean in means))
+        print(f"| mean | {arm} | {' | '.join(cells)} |")
 
 
 def runs_of(
