@@ -42,7 +42,7 @@ def test_words_say_what_was_proven(model: Path, tmp_path: Path, good: Path) -> N
     answer = fettle("export", model, "-o", tmp_path / "out", "--format", "onnx", "--pictures", good)
     assert answer.code == 0
     assert "ONNX Runtime" in answer.out and "computing in fp32" in answer.out
-    assert "Parity passed on 24 pictures in 'good0': scores differ by at most" in answer.out
+    assert f"Parity passed on 24 pictures in '{good.name}': scores differ by at most" in answer.out
 
 
 def test_inspect_takes_an_exported_folder(model: Path, exported: Path, good: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import faiss
 
 _BLOCK = 4096  # bank rows that all queries meet at once, where their number is not known
+_BLOCK_ON_GRIDS = 1024  # bank rows that a picture's patches meet at once: products stay in the cache
 _MOST_ON_GRIDS = 1024  # patches of a picture that meet the bank at once
 _WORTH_RESAMPLING = (
     128  # multiply-adds saved for each patch and row: below, resampling products costs as much
@@ -128,26 +129,44 @@ def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
             bilinearly to its grid and joined.
         bank: (M, the sum of C).
     """
-    fine, *coarse = (level.detach() for level in levels)
-    bank = bank.detach()
-    of_fine, *of_coarse = torch.split(bank, [level.shape[1] for level in levels], dim=1)
-    half_norms = bank.square().sum(1) / 2
-    batch, _, height, width = fine.shape
+    levels, bank = [level.detach() for level in levels], bank.detach()
+    height, width = levels[0].shape[-2:]
     found = []
-    for i in range(batch):
-        products: list[Tensor] = []  # (h * w, M) each
-        for level, part in zip(coarse, of_coarse, strict=True):
-            rows, columns = level.shape[-2:]
-            # Weights of a resampling add up to 1, so that a norm stays what it is, and is counted once.
-            norms = half_norms if not products else torch.zeros_like(half_norms)
-            own = torch.addmm(norms, level[i].flatten(1).T, part.T, alpha=-1).view(1, rows, columns, -1)
-            own = F.interpolate(
-                own.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
-            )
-            products.append(own.permute(0, 2, 3, 1).reshape(height * width, -1))
-        product = products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
-        found.append(_argmin(product.addmm_(fine[i].flatten(1).T, of_fine.T, alpha=-1)))
-    return torch.stack(found).view(batch, height, width)
+    for picture in zip(*levels, strict=True):  # (C, h, w) each
+        index = _no_rows(bank)
+        least = bank.new_empty(0)
+        for start in range(0, len(bank), _BLOCK_ON_GRIDS):
+            product = _product_on_grids(picture, bank[start : start + _BLOCK_ON_GRIDS])
+            own = _argmin(product)
+            own_least = product.gather(1, own[:, None])[:, 0]
+            index, least = (own, own_least) if start == 0 else _lower(index, least, own + start, own_least)
+        found.append(index)
+    return torch.stack(found).view(-1, height, width)
+
+
+def _product_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
+    """As `_product`, of one picture's levels (C, h, w): (h * w of the finest, M)."""
+    fine, *coarse = levels
+    height, width = fine.shape[-2:]
+    of_fine, *of_coarse = torch.split(bank, [len(level) for level in levels], dim=1)
+    half_norms = bank.square().sum(1) / 2
+    products: list[Tensor] = []
+    for level, part in zip(coarse, of_coarse, strict=True):
+        # Weights of a resampling add up to 1, so that a norm stays what it is, and is counted once.
+        norms = half_norms if not products else torch.zeros_like(half_norms)
+        own = torch.addmm(norms, level.flatten(1).T, part.T, alpha=-1).view(1, *level.shape[-2:], -1)
+        own = F.interpolate(
+            own.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
+        )
+        products.append(own.permute(0, 2, 3, 1).reshape(height * width, -1))
+    product = products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
+    return product.addmm_(fine.flatten(1).T, of_fine.T, alpha=-1)
+
+
+def _lower(index: Tensor, least: Tensor, own: Tensor, own_least: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and keys, replaced where the own key is lower."""
+    nearer = own_least < least
+    return torch.where(nearer, own, index), torch.where(nearer, own_least, least)
 
 
 class FlatIndex:
@@ -199,11 +218,7 @@ def _winner_by_blocks(queries: Tensor, bank: Tensor) -> Tensor:
         product = _product(queries, block, block.square().sum(1) / 2)
         own = _argmin(product)
         own_least = product.gather(1, own[:, None])[:, 0]
-        if start == 0:
-            index, least = own, own_least
-            continue
-        nearer = own_least < least
-        index, least = torch.where(nearer, own + start, index), torch.where(nearer, own_least, least)
+        index, least = (own, own_least) if start == 0 else _lower(index, least, own + start, own_least)
     return index
 
 
