@@ -14,6 +14,7 @@ from conftest import textured, write_good
 from fettle.backbones import load_backbone
 from fettle.errors import PictureError, UsageError
 from fettle.feature_cache import TrainingPictures
+from fettle.feature_file import FeatureFile
 from fettle.feature_stream import GoodFeatures, GoodPicture, in_stream_order
 from fettle.images.decode import file_sha256
 from fettle.images.framing import Frame, Placed
@@ -111,3 +112,64 @@ def test_no_picture_is_framed_whole_where_frames_are_tiles(stream: Stream, tmp_p
     pictures = pictures_in(tmp_path / "good")
     with pytest.raises(UsageError, match=r"tiles.*--frame auto"):
         stream(pictures, TILES).framed(str(pictures[0].path))
+
+
+class Counted(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = 0
+
+    def features(self, pictures: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        self.views += len(pictures)
+        return super().features(pictures, valid)
+
+
+def kept_stream(folder: Path, pictures: list[GoodPicture], max_mib: int = 64) -> tuple[GoodFeatures, Counted]:
+    method = Counted()
+    stream = GoodFeatures(
+        method,
+        pictures,
+        SQUARE,
+        device="cpu",
+        progress=no_progress,
+        what="",
+        batch_size=2,
+        kept=FeatureFile(folder, max_mib=max_mib),
+    )
+    return stream, method
+
+
+def test_what_is_kept_is_computed_once(tmp_path: Path) -> None:
+    stream, method = kept_stream(tmp_path / "cache", pictures_in(tmp_path / "good"))
+    first, again = list(stream), list(stream)
+    assert method.views == 7
+    assert [batch[2:] for batch in first] == [batch[2:] for batch in again]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.valid, other.valid)
+        assert torch.equal(one.features["stride8"], other.features["stride8"])
+
+
+def test_a_walk_that_was_left_early_is_gone_on_with(tmp_path: Path) -> None:
+    pictures = pictures_in(tmp_path / "good")
+    (tmp_path / "good" / "torn.png").write_bytes(b"torn")
+    torn = GoodPicture(tmp_path / "good" / "torn.png", "0" * 64, "0" * 64)  # the first in the order
+    stream, method = kept_stream(tmp_path / "cache", [*pictures, torn])
+    for number, _ in enumerate(stream):
+        if number == 1:
+            break
+    for _ in range(2):
+        assert [key for batch in stream for key in batch.keys] == [one.key for one in pictures]
+    assert method.views == 7
+    assert [Path(refusal.path).name for refusal in stream.refusals] == ["torn.png"]
+
+
+def test_two_walks_at_once_see_the_same(tmp_path: Path) -> None:
+    pictures = pictures_in(tmp_path / "good")
+    stream, _ = kept_stream(tmp_path / "cache", pictures)
+    keys = [one.key for one in pictures]
+    walks = [iter(stream), iter(stream)]
+    found: list[list[str]] = [[], []]
+    for turn in (0, 1, 1, 0, 0, 1, 1, 0):
+        found[turn] += next(walks[turn]).keys
+    assert found == [keys, keys]
+    assert [key for batch in stream for key in batch.keys] == keys

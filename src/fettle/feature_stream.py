@@ -1,4 +1,4 @@
-"""Good pictures as a stream of a method's clean features, decoded ahead and kept in bounded memory."""
+"""Good pictures as a stream of a method's clean features, decoded ahead and kept on disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import UsageError
+from fettle.feature_file import FeatureFile
 from fettle.images.decode import read_picture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
@@ -17,7 +18,6 @@ from fettle.inspection import Refusal
 from fettle.memory import give_back
 from fettle.protocols import FeatureBatch, FramedPicture, Method, Progress
 
-_MIB = 1 << 20
 _TRIM_EVERY = 4  # batches
 
 
@@ -77,12 +77,12 @@ def feature_batch(features: dict[str, Tensor], valid: Tensor, owners: Sequence[G
 class GoodFeatures:
     """The features of good pictures, group by group, ordered by content and never by listing.
 
-    The first walk keeps what fits into `cache_mib`; later walks compute only the rest anew. Pictures that
-    cannot be read are left out and listed in `refusals`.
+    The first walk keeps what fits into `kept`; later walks compute only the rest anew. Pictures that cannot
+    be read are left out and listed in `refusals`.
 
     Args:
         batch_size: views (pictures, or tiles of them) that go through the network at once.
-        cache_mib: bound on the features that are kept, MiB.
+        kept: keeps batches for later walks; None: all are computed in each.
         progress: called with (`what`, pictures done, pictures in all).
     """
 
@@ -96,16 +96,15 @@ class GoodFeatures:
         progress: Progress,
         what: str,
         batch_size: int = 8,
-        cache_mib: int = 256,
+        kept: FeatureFile | None = None,
     ) -> None:
         self._method = method
         self._pictures = in_stream_order(pictures)
         self._frame = frame
         self._device = device
         self._batch_size = batch_size
-        self._room = cache_mib * _MIB
-        self._cached: list[FeatureBatch] = []
-        self._num_cached = 0  # pictures
+        self._kept = kept
+        self._num_kept = 0  # pictures whose place in the stream is before its first batch that is not kept
         self._refused: dict[str, Refusal] = {}
         self.progress = progress
         self.what = what
@@ -124,30 +123,27 @@ class GoodFeatures:
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         done = 0
-        for number, batch in enumerate(self._cached):
+        for number, batch in enumerate(self._batches()):
             if number % _TRIM_EVERY == 0:
                 give_back()
             done += len(set(batch.keys))
             self.progress(self.what, done, self.num_pictures)
             yield batch
-        caching = self._num_cached == done and self._room > 0
-        for batch in self._computed(self._pictures[self._num_cached :]):
-            done += len(set(batch.keys))
-            self.progress(self.what, done, self.num_pictures)
-            if caching:
-                caching = self._keep(batch, done)
-            yield batch
 
-    def _keep(self, batch: FeatureBatch, done: int) -> bool:
-        """Keep a batch if it fits. What is kept is always an unbroken beginning of the stream."""
-        size = sum(t.numel() * t.element_size() for t in batch.features.values()) + batch.valid.numel()
-        if size > self._room:
-            self._room = 0
-            return False
-        self._room -= size
-        self._cached.append(batch)
-        self._num_cached = done + len(self._refused)
-        return True
+    def _batches(self) -> Iterator[FeatureBatch]:
+        """First those that are kept, an unbroken beginning of the stream."""
+        done = 0
+        if self._kept is not None:
+            for batch in self._kept:
+                done += len(set(batch.keys))
+                yield batch
+        num_kept = self._num_kept
+        for batch in self._computed(self._pictures[num_kept:]):
+            done += len(set(batch.keys))
+            # Of two walks at once the first to get on keeps.
+            if self._kept is not None and self._num_kept == num_kept and self._kept.append(batch):
+                self._num_kept = num_kept = done + len(self._refused)
+            yield batch
 
     def _computed(self, pictures: Sequence[GoodPicture]) -> Iterator[FeatureBatch]:
         pending: list[Loaded[GoodPicture]] = []

@@ -52,8 +52,9 @@ class FitRequest(BaseModel):
         memory_mib: bound on what the fit holds besides the network.
         multi_class: one model for many products, which the data set names; thresholds for each and shared.
         products: of these only; empty for all.
-        cache_dir: folder of the feature cache that trained methods use; None: FETTLE_CACHE, else the user's
-            cache folder. cache_mib: bound on it; 0 switches it off.
+        cache_dir: folder in which features are kept, of trained methods for other trainings too; None:
+            FETTLE_CACHE, else the user's cache folder. cache_mib: bound on it; 0 switches it off, so that
+            features are computed each time they are needed.
         training_dir: folder in which a training keeps its state to be resumed; None: nowhere.
         log_dir: folder for a TensorBoard log.
         refine_refs: good pictures that the model keeps for refiners to fill defects from; 0: none.
@@ -88,7 +89,7 @@ class FitRequest(BaseModel):
     refine_refs: int = Field(default=32, ge=0, le=MAX_REFERENCES)
 
     def run(self, progress: Progress, say: Callable[[str], None]) -> Run:
-        """The circumstances of the fit. Half the memory is the method's, half keeps features."""
+        """The circumstances of the fit. Half the memory is the method's, half is for all around it."""
         return Run(
             seed=self.seed,
             device=process_device(self.device),

@@ -23,6 +23,7 @@ from fettle.calibration import Mode
 from fettle.datasets.splits import folds, hold_out
 from fettle.errors import DataError, UsageError
 from fettle.feature_cache import TrainingPictures
+from fettle.feature_file import FeatureFile
 from fettle.feature_stream import GoodFeatures, GoodPicture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
@@ -236,14 +237,17 @@ class Fitter:
         return judged
 
     def _stream(self, method: Method, pictures: Sequence[GoodPicture]) -> GoodFeatures:
+        run = self._run
         return GoodFeatures(
             method,
             pictures,
             self._frame,
-            device=self._run.device,
-            progress=self._run.progress,
+            device=run.device,
+            progress=run.progress,
             what="learning",
-            cache_mib=self._run.memory_mib,
+            kept=None
+            if run.cache_dir is None
+            else FeatureFile(run.cache_dir, max_mib=run.cache_mib, say=run.say),
         )
 
     def _note(self, refusals: Iterable[Refusal]) -> None:

@@ -176,8 +176,9 @@ class Run:
         memory_mib: bound on what a fit may hold besides the network, MiB.
         progress: called with (what, done, total).
         say: called with a sentence that the user should see while he waits.
-        cache_dir: folder of the feature cache of trained methods; None computes features in every step.
-        cache_mib: bound on that folder, MiB.
+        cache_dir: folder where features are kept: those of a training for other trainings too, those of any
+            other fit in a temporary file; None computes them each time they are needed.
+        cache_mib: bound on that folder, and on that file, MiB.
         training_dir: folder where a training keeps its state, so that it can go on after a kill.
         log_dir: folder for a TensorBoard log; None: none.
     """

@@ -206,40 +206,39 @@ def _fill(stream: CoresetStream, pictures: Tensor) -> CoresetStream:
 def test_stream_that_fits_is_one_exact_selection() -> None:
     pictures = _features(1200, 32).reshape(12, 100, 32)
     projection = sparse_projection(32, 16, _generator())
-    bank = _fill(_stream(32, 150, 1200, projection), pictures).finish()
-    rows = pictures.reshape(-1, 32)
-    chosen = select_greedy(project(rows, projection), 150)
+    found = _fill(_stream(32, 150, 1200, projection), pictures).finish()
+    chosen = select_greedy(project(pictures.reshape(-1, 32), projection), 150)
     order = chosen.indices.sort().values
-    assert torch.equal(bank.rows, rows[order])
-    assert torch.equal(bank.owners, order // 100)
-    assert (bank.reductions, bank.num_seen) == (1, 1200)
-    assert bank.radius == chosen.squared_radius**0.5
+    assert torch.equal(found.arrivals, order)
+    assert torch.equal(found.owners, order // 100)
+    assert (found.reductions, found.num_seen) == (1, 1200)
+    assert found.radius == chosen.squared_radius**0.5
 
 
 def test_stream_below_its_cap_keeps_every_row() -> None:
     pictures = _features(120, 8).reshape(4, 30, 8)
-    bank = _fill(_stream(8, 150, 400), pictures).finish()
-    assert torch.equal(bank.rows, pictures.reshape(-1, 8))
-    assert (bank.reductions, bank.radius) == (0, 0.0)
+    found = _fill(_stream(8, 150, 400), pictures).finish()
+    assert torch.equal(found.arrivals, torch.arange(120))
+    assert (found.reductions, found.radius) == (0, 0.0)
 
 
 @pytest.mark.parametrize("room", [301, 450, 1000])
 def test_certificate_covers_the_measured_radius(room: int) -> None:
-    pictures = _features(4000, 16).reshape(40, 100, 16)
-    bank = _fill(_stream(16, 150, room), pictures).finish()
-    rows = pictures.reshape(-1, 16)
-    assert bank.rows.shape == (150, 16) and bank.reductions > 1
-    assert bank.owners.tolist() == sorted(bank.owners.tolist())
-    assert bank.radius >= _radius(rows, bank.rows)
-    for owner, row in zip(bank.owners.tolist(), bank.rows, strict=True):
-        assert bool((pictures[owner] == row).all(1).any())
+    rows = _features(4000, 16)
+    found = _fill(_stream(16, 150, room), rows.reshape(40, 100, 16)).finish()
+    assert len(found.arrivals.unique()) == 150 and found.reductions > 1
+    assert torch.equal(found.owners, found.arrivals // 100)
+    assert found.owners.tolist() == sorted(found.owners.tolist())
+    assert found.radius >= _radius(rows, rows[found.arrivals])
 
 
 def test_more_room_gives_no_worse_a_bank_than_twice_the_exact_radius() -> None:
-    pictures = _features(4000, 16).reshape(40, 100, 16)
-    rows = pictures.reshape(-1, 16)
-    exact = _radius(rows, _fill(_stream(16, 150, 4000), pictures).finish().rows)
-    assert _radius(rows, _fill(_stream(16, 150, 600), pictures).finish().rows) < 1.6 * exact
+    rows = _features(4000, 16)
+    exact, bounded = (
+        _radius(rows, rows[_fill(_stream(16, 150, room), rows.reshape(40, 100, 16)).finish().arrivals])
+        for room in (4000, 600)
+    )
+    assert bounded < 1.6 * exact
 
 
 def test_the_way_rows_are_handed_over_does_not_matter() -> None:
@@ -250,18 +249,17 @@ def test_the_way_rows_are_handed_over_does_not_matter() -> None:
         for part in rows.split(37):
             parts.add(part, owner)
     again = parts.finish()
-    assert torch.equal(whole.rows, again.rows) and torch.equal(whole.owners, again.owners)
+    assert torch.equal(whole.arrivals, again.arrivals) and torch.equal(whole.owners, again.owners)
 
 
-def test_rows_are_held_and_not_copied_until_a_bank_is_made_of_them() -> None:
-    rows = _features(50, 8)
-    kept = rows.clone()
-    stream = _stream(8, 100, 300)
-    stream.add(rows, 0)
-    assert stream._blocks[0].data_ptr() == rows.data_ptr()
-    bank = stream.finish()
-    rows.zero_()
-    assert torch.equal(bank.rows, kept)
+def test_rows_that_were_handed_over_may_be_changed() -> None:
+    pictures = _features(2000, 16).reshape(20, 100, 16)
+    expected = _fill(_stream(16, 150, 333), pictures).finish()
+    stream = _stream(16, 150, 333)
+    for owner, rows in enumerate(pictures.clone()):
+        stream.add(rows, owner)
+        rows.zero_()
+    assert torch.equal(stream.finish().arrivals, expected.arrivals)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 333, 2**21])
@@ -302,18 +300,21 @@ import resource, sys, torch
 from fettle.layers.coreset import CoresetStream, sparse_projection
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
-stream = CoresetStream(128, 512, projection=sparse_projection(128, 64, generator), memory_mib=16)
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for owner in range(int(sys.argv[1])):
-    stream.add(torch.randn(512, 128, generator=generator), owner)
-bank = stream.finish()
-print(start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, bank.reductions)
+def select(num_pictures):
+    stream = CoresetStream(128, 512, projection=sparse_projection(128, 64, generator), memory_mib=16)
+    for owner in range(num_pictures):
+        stream.add(torch.randn(512, 128, generator=generator), owner)
+    reductions = stream.finish().reductions
+    return reductions, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_, start = select(3)  # libraries come in
+reductions, peak = select(int(sys.argv[1]))
+print(start, peak, reductions)
 """
 
 
 def test_peak_memory_does_not_grow_with_the_pictures() -> None:
     peaks = []
-    for number in (100, 400):
+    for number in (350, 1400):
         done = subprocess.run(
             [sys.executable, "-c", _PEAK, str(number)],
             capture_output=True,
@@ -324,5 +325,5 @@ def test_peak_memory_does_not_grow_with_the_pictures() -> None:
         start, peak, reductions = (int(word) for word in done.stdout.split())
         assert reductions > 3
         peaks.append(peak)
-        assert (peak - start) / 1024 < 2 * 16  # the bound, and what the allocator and libraries add
+        assert (peak - start) / 1024 < 1.5 * 16  # the bound, and what the allocator adds
     assert peaks[1] < 1.1 * peaks[0]

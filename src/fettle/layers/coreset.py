@@ -249,18 +249,18 @@ def _pick_round(
 
 
 @dataclass(frozen=True)
-class Bank:
-    """A memory bank.
+class Chosen:
+    """The rows that a memory bank is to hold.
 
     Attributes:
-        rows: (k, D) float32, sorted by owner and then by arrival.
+        arrivals: (k,) int64, their numbers among all rows added, from 0; sorted by owner and then by number.
         owners: (k,) int64, the picture that each row came from.
-        radius: certificate: every row ever added is within it of a bank row, in the projected space.
+        radius: certificate: every row ever added is within it of a chosen row, in the projected space.
         reductions: how often the buffer was reduced; 1 means one exact selection over all rows.
         num_seen: rows added.
     """
 
-    rows: Tensor
+    arrivals: Tensor
     owners: Tensor
     radius: float
     reductions: int
@@ -270,16 +270,16 @@ class Bank:
 class CoresetStream:
     """Greedy k-centre over a stream of rows in bounded memory: merge and reduce.
 
-    Rows are appended to a buffer. When it is full, `select_greedy` keeps `cap` of them and the rest makes
-    room. If all rows fit, the answer is one exact selection. Otherwise the certificate adds up the radii
-    of the reductions (triangle inequality). The answer depends on the order of rows: add pictures in an
-    order of their own (by content hash), not of listing.
+    Rows are projected into a buffer, which is all that is held of them. When it is full, `select_greedy`
+    keeps `cap` of them and the rest makes room. If all rows fit, the answer is one exact selection. Otherwise
+    the certificate adds up the radii of the reductions (triangle inequality). The answer depends on the order
+    of rows: add pictures in an order of their own (by content hash), not of listing.
 
     Args:
         num_features: D.
-        cap: largest number k of bank rows.
+        cap: largest number k of rows to choose.
         projection: (D, dims) for the selection, or None to select on the rows as they are.
-        memory_mib: bound on rows, projected copy and buffers together.
+        memory_mib: bound on the buffer, the chosen rows and the selection together.
         sample: generator of the approximate selection; None selects exactly.
         progress: passed on to the selection.
         block_bytes: bound on the selection's product.
@@ -308,7 +308,7 @@ class CoresetStream:
         self.progress = progress
         self.block_bytes = block_bytes
         self.dims = num_features if projection is None else projection.shape[1]
-        row_bytes = 4 * (num_features + self.dims) + _BYTES_A_ROW
+        row_bytes = 4 * self.dims + _BYTES_A_ROW
         fixed = block_bytes + 4 * num_features * cap + 4 * self.dims * _NUM_CANDIDATES
         self.room = (memory_mib * _MIB - fixed) // row_bytes
         if self.room < 2 * cap:
@@ -317,9 +317,10 @@ class CoresetStream:
                 f"{memory_mib} MiB cannot hold twice a bank of {cap} rows of {num_features} features.",
                 f"Set memory_mib to at least {needed}, or the bank's cap lower.",
             )
-        self._blocks: list[Tensor] = []  # rows, a block an addition: never copied into one tensor
-        self._owners: list[Tensor] = []
-        self._arrivals: list[Tensor] = []
+        # Made by the first rows: a system gives memory to a buffer only where it is written.
+        self._buffer = torch.empty(0)  # (room, dims), less the centre
+        self._centre = torch.empty(0)
+        self._owners = self._arrivals = torch.empty(0, dtype=torch.int64)  # (room,)
         self._held = 0
         self._seen = 0
         self._radius = 0.0
@@ -327,9 +328,6 @@ class CoresetStream:
 
     def add(self, rows: Tensor, owner: int) -> None:
         """Append rows (n, D) of the picture `owner`; reduces whenever the buffer is full.
-
-        Contiguous float32 rows are not copied but held until then: do not change them. A view keeps alive all
-        that it is a view of.
 
         Raises:
             UsageError: another number of features, or a row that is not finite.
@@ -340,18 +338,27 @@ class CoresetStream:
             raise UsageError(
                 f"Features of picture {owner} hold NaN or infinity.", "Check the backbone's weights."
             )
-        rows = rows.detach()
-        while len(rows):
+        projected = rows.detach().float()
+        if self.projection is not None:
+            projected = projected @ self.projection.to(rows.device)
+        if not self._seen:
+            self._buffer = projected.new_empty(self.room, self.dims)
+            self._centre = projected.new_zeros(self.dims)
+            self._owners, self._arrivals = torch.empty(2, self.room, dtype=torch.int64)
+        while len(projected):
             if self._held == self.room:
                 self._reduce()
-            part = rows[: self.room - self._held]
-            rows = rows[len(part) :]
-            arrival = torch.arange(self._seen, self._seen + len(part))
-            self._append(part.float().contiguous(), torch.full_like(arrival, owner), arrival)
+            part = projected[: self.room - self._held]
+            projected = projected[len(part) :]
+            added = slice(self._held, self._held + len(part))
+            torch.sub(part, self._centre, out=self._buffer[added])
+            self._owners[added] = owner
+            self._arrivals[added] = torch.arange(self._seen, self._seen + len(part))
+            self._held += len(part)
             self._seen += len(part)
 
-    def finish(self) -> Bank:
-        """The bank. Rows may be added afterwards and `finish` called again.
+    def finish(self) -> Chosen:
+        """The chosen rows. Rows may be added afterwards and `finish` called again.
 
         Raises:
             UsageError: no row was ever added.
@@ -360,11 +367,10 @@ class CoresetStream:
             raise UsageError("The memory bank has no rows.", "Fit on at least one picture.")
         if self._held > self.cap:
             self._reduce()
-        owners, arrivals = torch.cat(self._owners), torch.cat(self._arrivals)
+        owners, arrivals = self._owners[: self._held], self._arrivals[: self._held]
         order = arrivals.argsort()
         order = order[owners[order].argsort(stable=True)]
-        rows = self._gather(order)
-        return Bank(rows, owners[order], self._radius, self._reductions, self._seen)
+        return Chosen(arrivals[order], owners[order], self._radius, self._reductions, self._seen)
 
     def expect(self, num_rows: int) -> tuple[float, float]:
         """(seconds, MiB) that selecting from `num_rows` rows should take: see `predict`."""
@@ -372,34 +378,22 @@ class CoresetStream:
         full, rest = divmod(max(num_rows - self.cap, 0), self.room - self.cap)
         seconds = full * predict(self.room, self.dims, self.cap)[0] if full else 0.0
         seconds += predict(rest + self.cap, self.dims, self.cap)[0] if rest else 0.0
-        row_bytes = 4 * (self.num_features + self.dims) + _BYTES_A_ROW
         kept = 4 * self.num_features * min(self.cap, num_rows)
-        return seconds, (held * row_bytes + kept + self.block_bytes) / _MIB
-
-    def _append(self, rows: Tensor, owners: Tensor, arrivals: Tensor) -> None:
-        self._blocks.append(rows)
-        self._owners.append(owners)
-        self._arrivals.append(arrivals)
-        self._held += len(rows)
+        return seconds, (held * (4 * self.dims + _BYTES_A_ROW) + kept + self.block_bytes) / _MIB
 
     def _reduce(self) -> None:
-        device = self._blocks[0].device
-        projection = None if self.projection is None else self.projection.to(device)
-        projected = torch.empty(self._held, self.dims, device=device)
-        begin = 0
-        for block in self._blocks:
-            part = projected[begin : begin + len(block)]
-            part.copy_(block if projection is None else block @ projection)
-            begin += len(block)
-        projected -= projected.mean(0)
-        chosen = self._select(projected)
-        del projected
+        held = self._buffer[: self._held]
+        mean = held.mean(0)  # shorter rows cancel less in fp32
+        held -= mean
+        self._centre += mean
+        chosen = self._select(held)
         self._radius += math.sqrt(chosen.squared_radius)
         self._reductions += 1
         picks = chosen.indices.cpu()
-        rows, owners, arrivals = self._gather(picks), torch.cat(self._owners), torch.cat(self._arrivals)
-        self._blocks, self._owners, self._arrivals, self._held = [], [], [], 0
-        self._append(rows, owners[picks], arrivals[picks])
+        self._held = len(picks)
+        self._buffer[: self._held] = held[chosen.indices]
+        for values in (self._owners, self._arrivals):
+            values[: self._held] = values[picks]
 
     def _select(self, projected: Tensor) -> Selection:
         progress, block_bytes = self.progress, self.block_bytes
@@ -408,16 +402,6 @@ class CoresetStream:
         # The approximate selection adds a tenth of what it picks: together they keep to the cap.
         most = max(10 * self.cap // 11, 1)
         return select_approximate(projected, most, self.sample, progress=progress, block_bytes=block_bytes)
-
-    def _gather(self, order: Tensor) -> Tensor:
-        """Buffered rows by index, (len(order), D)."""
-        rows = torch.empty(len(order), self.num_features, device=self._blocks[0].device)
-        begin = 0
-        for block in self._blocks:
-            here = ((order >= begin) & (order < begin + len(block))).nonzero()[:, 0]
-            rows[here.to(rows.device)] = block[(order[here] - begin).to(rows.device)]
-            begin += len(block)
-        return rows
 
 
 # --- time and memory, known beforehand

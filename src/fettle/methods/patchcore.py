@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fettle.errors import ConfigError, DataError
-from fettle.layers.coreset import CoresetStream, draw_projection, sparse_projection
+from fettle.layers.coreset import Chosen, CoresetStream, draw_projection, sparse_projection
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.neighbours import (
     FlatIndex,
@@ -29,6 +29,7 @@ from fettle.layers.neighbours import (
 from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import (
     Backbone,
+    FeatureBatch,
     FeatureStream,
     FitRecord,
     LeftOut,
@@ -168,29 +169,26 @@ class PatchCore(nn.Module):
         owner_of: dict[str, int] = {}
         stream: CoresetStream | None = None
         for batch in good:
-            patches = batch.features["patches"]
-            tokens = valid_tokens(batch.valid, (patches.shape[-2], patches.shape[-1]))
+            rows = _valid_rows(batch)
             if stream is None:
                 # A picture may come as several views (tiles), always in one batch.
-                expected = round(int(tokens.sum()) / len(set(batch.keys)) * good.num_pictures)
-                stream = self._new_stream(patches.shape[1], expected, run)
-            rows = patches.permute(0, 2, 3, 1)  # (B, h, w, D)
-            for picture, picture_tokens, group in zip(rows, tokens, batch.groups, strict=True):
-                # Where all are valid they are a view, whose batch the feature stream may keep in any case.
-                own = picture.flatten(0, 1) if bool(picture_tokens.all()) else picture[picture_tokens]
+                expected = round(sum(map(len, rows)) / len(set(batch.keys)) * good.num_pictures)
+                stream = self._new_stream(rows[0].shape[1], expected, run)
+            for own, group in zip(rows, batch.groups, strict=True):
                 stream.add(own, owner_of.setdefault(group, len(owner_of)))
         if stream is None:
             raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
-        bank = stream.finish()
-        self.bank = bank.rows
-        self._owners = bank.owners
+        chosen = stream.finish()
+        del stream
+        self.bank = _rows_by_arrival(good, chosen)
+        self._owners = chosen.owners
         self._owner_of = owner_of
         return FitRecord(
             facts={
-                "bank_rows": len(bank.rows),
-                "bank_dims": bank.rows.shape[1],
-                "bank_radius_bound": bank.radius,
-                "bank_reductions": bank.reductions,
+                "bank_rows": len(self.bank),
+                "bank_dims": self.bank.shape[1],
+                "bank_radius_bound": chosen.radius,
+                "bank_reductions": chosen.reductions,
             }
         )
 
@@ -210,7 +208,7 @@ class PatchCore(nn.Module):
         memory_mib = run.memory_mib
         if self.config.bank_ratio is not None:  # a fixed share is chosen among all patches at once
             dims = num_features if projection is None else projection.shape[1]
-            floats = expected_rows * (num_features + dims + 16) + rows * num_features
+            floats = expected_rows * (dims + 16) + rows * num_features
             memory_mib = max(memory_mib, math.ceil(1.1 * 4 * floats / 2**20) + 128)
         stream = CoresetStream(
             num_features,
@@ -321,6 +319,35 @@ class PatchCore(nn.Module):
             neighbour = index.flatten(1, 2)[rows, place, 0]
             score = reweighted(worst, bank, neighbour, self.config.reweight)
         return Maps(anomaly_map, score)
+
+
+def _valid_rows(batch: FeatureBatch) -> list[Tensor]:
+    """The valid patches of each view, (n, D)."""
+    patches = batch.features["patches"]
+    tokens = valid_tokens(batch.valid, (patches.shape[-2], patches.shape[-1]))
+    return [view[own] for view, own in zip(patches.permute(0, 2, 3, 1), tokens, strict=True)]
+
+
+def _rows_by_arrival(good: FeatureStream, chosen: Chosen) -> Tensor:
+    """The chosen patches, (k, D), fetched from the stream in another walk.
+
+    Raises:
+        DataError: the stream is not what it was.
+    """
+    bank = torch.empty(0)
+    begin = 0
+    for batch in good:
+        for rows in _valid_rows(batch):
+            if not begin:
+                bank = rows.new_empty(len(chosen.arrivals), rows.shape[1])
+            here = ((chosen.arrivals >= begin) & (chosen.arrivals < begin + len(rows))).nonzero()[:, 0]
+            bank[here.to(rows.device)] = rows[(chosen.arrivals[here] - begin).to(rows.device)]
+            begin += len(rows)
+    if begin != chosen.num_seen:
+        raise DataError(
+            "A good picture has changed or gone while it was learnt from.", "Put it back, or fit without it."
+        )
+    return bank
 
 
 def _chunk() -> int | None:
