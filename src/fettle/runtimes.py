@@ -7,17 +7,25 @@ where that is set.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fettle.errors import ModelFolderError, UsageError
+
+if TYPE_CHECKING:
+    import openvino
 
 Format: TypeAlias = Literal["onnx", "openvino", "pt2"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -115,6 +123,49 @@ class OnnxRuntime:
         return dict(zip(self._outputs, found, strict=True))
 
 
+@lru_cache(maxsize=1)
+def openvino_core() -> openvino.Core:
+    """OpenVINO's core, one for the whole process.
+
+    On Linux the CPU plugin of each core gives the thread a stack for signals. When it goes it puts back the
+    one before, even if that was another core's which has gone already: Ctrl-C then ends in a crash.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Put back the thread's stack for signals after others had cores of their own, see `openvino_core`."""
+    before = signal_stack()
+    try:
+        yield
+    finally:
+        gc.collect()  # their cores go now
+        if before is not None:
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
+
+
+class SignalStack(ctypes.Structure):
+    """Linux's stack_t."""
+
+    _fields_: ClassVar = [
+        ("address", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    ]
+
+
+def signal_stack() -> SignalStack | None:
+    """Where this thread handles signals; None on systems other than Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found = SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found
+
+
 class OpenVino:
     """OpenVINO on the CPU, computing in float32."""
 
@@ -122,10 +173,8 @@ class OpenVino:
     computes_in = "fp32"
 
     def __init__(self, files: Mapping[str, bytes], outputs: Sequence[str]) -> None:
-        import openvino
-
         self.version = version("openvino")
-        core = openvino.Core()
+        core = openvino_core()
         model = core.read_model(files["graph"], files["weights"])
         settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         threads = _threads()

@@ -28,7 +28,7 @@ from fettle.exported import ExportFacts
 from fettle.inspection import Inspection, Verdict
 from fettle.model_folder import MANIFEST, PARITY, read_model
 from fettle.protocols import no_progress, no_words
-from fettle.runtimes import Outputs, open_graph
+from fettle.runtimes import Outputs, open_graph, openvino_core, signal_stack
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -159,14 +159,49 @@ def test_pt2_is_loaded_only_where_it_is_trusted(detector: Detector, good: Path, 
     assert_same_answers(detector, loaded, sorted(good.iterdir())[:3])
 
 
+_INTERRUPTED = """
+import gc, os, signal, sys
+import numpy as np
+import openvino
+from openvino import opset13
+from fettle.runtimes import open_graph
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+given = opset13.parameter([1, 3], np.float32)
+openvino.save_model(openvino.Model([opset13.relu(given)], [given], "graph"), sys.argv[1] + "/graph.xml")
+paths = {"graph": sys.argv[1] + "/graph.xml", "weights": sys.argv[1] + "/graph.bin"}
+files = {part: open(path, "rb").read() for part, path in paths.items()}
+first, second = (open_graph("openvino", files, []) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_after_graphs_have_gone_is_an_interrupt(tmp_path: Path) -> None:
+    """It was a crash where each graph had an OpenVINO core of its own."""
+    pytest.importorskip("openvino")
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_int8_stays_within_its_tolerance(detector: Detector, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
     unseen = write_good(tmp_path / "unseen", 20, first_seed=100)
+    openvino_core().get_property("CPU", "FULL_DEVICE_NAME")  # its plugin is there from now on
+    stack = signal_stack()
     facts = export_model(
         detector, tmp_path / "model", "openvino", precision="int8", pictures=unseen, calibrate=True
     )
+    assert bytes(signal_stack() or b"") == bytes(stack or b"")
     assert facts.parity.max_score_diff is not None and facts.parity.max_score_diff <= 0.05
     assert "convolutions compute in 8 bit" in facts.notes[0] and "Thresholds are set" in facts.notes[1]
 

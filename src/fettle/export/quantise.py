@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fettle.export.parity import Views
-from fettle.runtimes import INPUTS
+from fettle.runtimes import INPUTS, openvino_core, signal_stack_kept
 
 if TYPE_CHECKING:
     import openvino
@@ -38,11 +38,10 @@ def quantise(model: openvino.Model, views: Views, most: float, say: Callable[[st
     """
     os.environ.setdefault("NNCF_CI", "1")  # it would report its use to its makers
     import nncf
-    import openvino
 
     nncf.set_log_level(logging.ERROR)
     rows = list(islice(_rows(views), _MOST_PICTURES))
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     expected = {id(row): _score(compiled, row) for row in rows}
 
     def validate(candidate: Any, some: Iterable[dict[str, NDArray[Any]]]) -> tuple[float, list[float]]:
@@ -54,7 +53,7 @@ def quantise(model: openvino.Model, views: Views, most: float, say: Callable[[st
     restorer = nncf.AdvancedAccuracyRestorerParameters(
         ranking_subset_size=min(_RANKED_ON, len(rows)), max_num_iterations=_MOST_UNDONE
     )
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+    with signal_stack_kept(), contextlib.redirect_stdout(sys.stderr):  # its progress bars
         return nncf.quantize_with_accuracy_control(
             model,
             nncf.Dataset(rows),

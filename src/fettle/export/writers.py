@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from fettle.errors import UsageError
 from fettle.export.graph import first_line
-from fettle.runtimes import INPUTS
+from fettle.runtimes import INPUTS, openvino_core
 
 if TYPE_CHECKING:
     import onnx
@@ -99,9 +99,7 @@ def set_openvino_constants(model: openvino.Model, values: Mapping[str, float]) -
 
 def openvino_model(model: onnx.ModelProto) -> openvino.Model:
     """The graph by OpenVINO's converter."""
-    import openvino
-
-    return openvino.Core().read_model(model.SerializeToString())
+    return openvino_core().read_model(model.SerializeToString())
 
 
 def openvino_files(model: openvino.Model, *, half: bool) -> dict[str, bytes]:
