@@ -14,12 +14,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/fettle demo -o demo
 
-# Exported graphs in a process of their own: the engines' native libraries crash a large one at its end.
-EXPORTS := tests/export tests/conformance tests/cli/test_export_command.py
-
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests $(EXPORTS:%=--ignore=%)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(EXPORTS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

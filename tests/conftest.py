@@ -27,25 +27,6 @@ _FEATURES = tempfile.TemporaryDirectory(prefix="fettle-test-features-")  # remov
 os.environ["FETTLE_CACHE"] = _FEATURES.name  # not the user's own
 
 
-_status = pytest.StashKey[int]()
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    session.config.stash[_status] = int(exitstatus)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End at once after the summary, with its exit status.
-
-    The whole suite loads several engines' native libraries, and they crash while the interpreter is taken
-    down, when every test is done.
-    """
-    if _status in config.stash:
-        _FEATURES.cleanup()
-        config.get_terminal_writer().flush()
-        os._exit(config.stash[_status])
-
-
 class TinyPyramid(nn.Module):
     """Three strided convolutions; smooth, so that finite differences agree with gradients."""
 
