@@ -24,6 +24,7 @@ from fettle.inspecting import Inspected, Inspector
 from fettle.inspection import ComparedWith, Inspection, Refusal
 from fettle.judged import Calibrations
 from fettle.labelled_run import LabelledRun
+from fettle.memory import views_together
 from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
 from fettle.model_parts import pack, unpack
@@ -217,12 +218,14 @@ class Detector:
         paths: Iterable[Path | str],
         *,
         product: str = "",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         refine: str | Refiner | None = None,
     ) -> Iterator[Inspection | Refusal]:
         """Inspect pictures in their order. A picture that cannot be read comes as a `Refusal`.
 
         Args:
+            batch_size: views that go through the network at once; None: as many as are fastest, see
+                `memory.views_together`. It changes no answer.
             refine: name of a refiner, or one made by `refiner`; by name it takes pictures whose verdict is
                 review or reject.
         """
@@ -239,7 +242,7 @@ class Detector:
         path_of: Callable[[Item], Path],
         *,
         product: str = "",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         rules: RegionRules | None = None,
         explain: bool = False,
         refiner: Refiner | None = None,
@@ -264,7 +267,7 @@ class Detector:
         self,
         path_of: Callable[[Item], Path],
         product_of: Callable[[Item], str],
-        batch_size: int = 8,
+        batch_size: int | None = None,
         rules: RegionRules | None = None,
         explain: bool = False,
         refiner: Refiner | None = None,
@@ -276,7 +279,7 @@ class Detector:
             path_of=path_of,
             product_of=product_of,
             calibration_of=self.calibration_of,
-            batch_size=batch_size,
+            batch_size=batch_size or views_together(self.device),
             rules=rules or RegionRules(),
             explainer=self.explainer() if explain else None,
             refiner=refiner,

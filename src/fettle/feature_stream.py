@@ -15,10 +15,10 @@ from fettle.images.decode import read_picture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
-from fettle.memory import give_back
+from fettle.memory import give_back, views_together
 from fettle.protocols import FeatureBatch, FramedPicture, Method, Progress
 
-_TRIM_EVERY = 4  # batches
+_TRIM_EVERY = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class GoodFeatures:
     be read are left out and listed in `refusals`.
 
     Args:
-        batch_size: views (pictures, or tiles of them) that go through the network at once.
+        batch_size: views (pictures, or tiles of them) that go through the network at once; None: see
+            `memory.views_together`.
         kept: keeps batches for later walks; None: all are computed in each.
         progress: called with (`what`, pictures done, pictures in all).
     """
@@ -95,14 +96,14 @@ class GoodFeatures:
         device: str,
         progress: Progress,
         what: str,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         kept: FeatureFile | None = None,
     ) -> None:
         self._method = method
         self._pictures = in_stream_order(pictures)
         self._frame = frame
         self._device = device
-        self._batch_size = batch_size
+        self._batch_size = batch_size or views_together(device)
         self._kept = kept
         self._num_kept = 0  # pictures whose place in the stream is before its first batch that is not kept
         self._refused: dict[str, Refusal] = {}
@@ -169,6 +170,8 @@ class GoodFeatures:
             )
             for i in range(0, len(views), self._batch_size)
         ]
-        features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        features = parts[0]
+        if len(parts) > 1:
+            features = {name: torch.cat([part[name] for part in parts]) for name in features}
         owners = [item.item for item in pending for _ in item.placed.views]
         return feature_batch(features, valid.to(self._device), owners)

@@ -1,4 +1,4 @@
-"""Give freed memory back to the system where the C library keeps it."""
+"""How much is held at once, and what is freed given back to the system where the C library keeps it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
     except (OSError, AttributeError):  # another C library
         return None
     return trim
+
+
+def views_together(device: str) -> int:
+    """Views that go through a network at once, by default.
+
+    On a CPU more than four are slower (`benchmarks/inspect_speed.py`): what they hold leaves its caches, and
+    the C library fetches it anew each time.
+    """
+    return 4 if device.startswith("cpu") else 8
 
 
 def give_back() -> None:

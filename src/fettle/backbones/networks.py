@@ -60,7 +60,7 @@ class _Frozen(nn.Module):
                 f"Backbone '{self.spec.id}' cannot take {height} x {width} px.",
                 f"Use sides that are multiples of {step}, such as {below} and {below + step}.",
             )
-        return (pictures - self.mean) / self.std
+        return (pictures - self.mean).div_(self.std)
 
     def check_cue(self, cue: str, offered: Sequence[str]) -> None:
         """Refuse a cue that is not among those offered. Raises UsageError."""

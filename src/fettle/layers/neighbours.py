@@ -130,13 +130,15 @@ def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
         bank: (M, the sum of C).
     """
     levels, bank = [level.detach() for level in levels], bank.detach()
+    half_norms = bank.square().sum(1) / 2
     height, width = levels[0].shape[-2:]
     found = []
     for picture in zip(*levels, strict=True):  # (C, h, w) each
         index = _no_rows(bank)
         least = bank.new_empty(0)
         for start in range(0, len(bank), _BLOCK_ON_GRIDS):
-            product = _product_on_grids(picture, bank[start : start + _BLOCK_ON_GRIDS])
+            block = slice(start, start + _BLOCK_ON_GRIDS)
+            product = _product_on_grids(picture, bank[block], half_norms[block])
             own = _argmin(product)
             own_least = product.gather(1, own[:, None])[:, 0]
             index, least = (own, own_least) if start == 0 else _lower(index, least, own + start, own_least)
@@ -144,12 +146,11 @@ def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
     return torch.stack(found).view(-1, height, width)
 
 
-def _product_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
+def _product_on_grids(levels: Sequence[Tensor], bank: Tensor, half_norms: Tensor) -> Tensor:
     """As `_product`, of one picture's levels (C, h, w): (h * w of the finest, M)."""
     fine, *coarse = levels
     height, width = fine.shape[-2:]
     of_fine, *of_coarse = torch.split(bank, [len(level) for level in levels], dim=1)
-    half_norms = bank.square().sum(1) / 2
     products: list[Tensor] = []
     for level, part in zip(coarse, of_coarse, strict=True):
         # Weights of a resampling add up to 1, so that a norm stays what it is, and is counted once.

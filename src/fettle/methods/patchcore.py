@@ -169,13 +169,13 @@ class PatchCore(nn.Module):
         owner_of: dict[str, int] = {}
         stream: CoresetStream | None = None
         for batch in good:
-            rows = _valid_rows(batch)
             if stream is None:
                 # A picture may come as several views (tiles), always in one batch.
-                expected = round(sum(map(len, rows)) / len(set(batch.keys)) * good.num_pictures)
-                stream = self._new_stream(rows[0].shape[1], expected, run)
-            for own, group in zip(rows, batch.groups, strict=True):
-                stream.add(own, owner_of.setdefault(group, len(owner_of)))
+                rows_each = int(_tokens(batch).sum()) / len(set(batch.keys))
+                dims = batch.features["patches"].shape[1]
+                stream = self._new_stream(dims, round(rows_each * good.num_pictures), run)
+            for rows, group in zip(_valid_rows(batch), batch.groups, strict=True):
+                stream.add(rows, owner_of.setdefault(group, len(owner_of)))
         if stream is None:
             raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
         chosen = stream.finish()
@@ -321,11 +321,17 @@ class PatchCore(nn.Module):
         return Maps(anomaly_map, score)
 
 
-def _valid_rows(batch: FeatureBatch) -> list[Tensor]:
+def _tokens(batch: FeatureBatch) -> Tensor:
+    """Which patches are valid, (B, h, w) bool."""
+    height, width = batch.features["patches"].shape[-2:]
+    return valid_tokens(batch.valid, (height, width))
+
+
+def _valid_rows(batch: FeatureBatch) -> Iterator[Tensor]:
     """The valid patches of each view, (n, D)."""
-    patches = batch.features["patches"]
-    tokens = valid_tokens(batch.valid, (patches.shape[-2], patches.shape[-1]))
-    return [view[own] for view, own in zip(patches.permute(0, 2, 3, 1), tokens, strict=True)]
+    patches = batch.features["patches"].permute(0, 2, 3, 1)
+    for view, own in zip(patches, _tokens(batch), strict=True):
+        yield view[own]
 
 
 def _rows_by_arrival(good: FeatureStream, chosen: Chosen) -> Tensor:
