@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	@$(BIN)/fettle demo -o demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
