@@ -229,7 +229,7 @@ def test_tiles_need_a_method_without_a_grid(good: Path) -> None:
 
 def test_memory_bound_changes_speed_and_not_the_model(good: Path, detector: Detector) -> None:
     """Features that are not kept are computed again, and are the same."""
-    small = fit(good, memory_mib=32)
+    small = fit(good, memory_mib=32, cache_mib=0)
     assert small.calibration.scores == pytest.approx(detector.calibration.scores, rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class GoodFeatures:
         batch_size: views (pictures, or tiles of them) that go through the network at once; None: see
             `memory.views_together`.
         kept: keeps batches for later walks; None: all are computed in each.
-        progress: called with (`what`, pictures done, pictures in all).
+        progress: called with (`what` and the number of a later pass, pictures done, pictures in all).
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class GoodFeatures:
         self._kept = kept
         self._num_kept = 0  # pictures whose place in the stream is before its first batch that is not kept
         self._refused: dict[str, Refusal] = {}
+        self._passes = Counter[str]()
         self.progress = progress
         self.what = what
 
@@ -123,12 +125,15 @@ class GoodFeatures:
         return framed_picture(path, self._frame, self._device)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
+        self._passes[self.what] += 1
+        nth = self._passes[self.what]
+        what = self.what if nth == 1 else f"{self.what}, pass {nth}"
         done = 0
         for number, batch in enumerate(self._batches()):
             if number % _TRIM_EVERY == 0:
                 give_back()
             done += len(set(batch.keys))
-            self.progress(self.what, done, self.num_pictures)
+            self.progress(what, done, self.num_pictures)
             yield batch
 
     def _batches(self) -> Iterator[FeatureBatch]:
