@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fettle.errors import UsageError
-from fettle.layers.neighbours import FlatIndex, grids_pay, k_nearest, nearest, nearest_on_grids
+from fettle.layers.neighbours import (
+    FlatIndex,
+    grids_pay,
+    half_squared_norms,
+    k_nearest,
+    nearest,
+    nearest_on_grids,
+)
 
 
 def _rows(num: int, dims: int = 24, seed: int = 0) -> Tensor:
@@ -100,7 +107,7 @@ def test_levels_on_their_own_grids_find_the_same_rows(sides: tuple[int, ...]) ->
     joined = [F.interpolate(one, size=grid, mode="bilinear", align_corners=False) for one in levels]
     queries = torch.cat(joined, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
     bank = torch.randn(640, queries.shape[1], generator=generator)
-    rows = nearest_on_grids(levels, bank)
+    rows = nearest_on_grids(levels, bank, half_squared_norms(bank))
     assert rows.shape == (2, *grid)
     assert torch.equal(rows.flatten(), nearest(queries, bank).row)
 

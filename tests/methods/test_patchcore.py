@@ -319,6 +319,17 @@ def test_faiss_and_matrix_search_give_the_same_answer() -> None:
     torch.testing.assert_close(by_faiss.score, by_matrix.score, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("search", ["matrix", "faiss"])
+def test_a_state_that_is_loaded_later_is_searched(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fettle.methods.patchcore.grids_pay", lambda levels: True)
+    batch, valid = pictures(50)
+    method, other = fitted(search=search, bank_rows=200), fitted(search=search, bank_rows=200)
+    other.bank = 1.5 * other.bank.flip(0)
+    method(batch, valid)
+    method.load_state_dict(other.state_dict())
+    assert torch.equal(method(batch, valid).anomaly_map, other(batch, valid).anomaly_map)
+
+
 def test_energy_at_a_bank_row_is_the_least_and_has_a_finite_gradient() -> None:
     method = fitted()
     batch, valid = pictures(2)

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 _WORKERS = 2
 _AHEAD = 8  # pictures decoded but not yet taken
-_TRIM_EVERY = 16  # pictures
+_TRIM_EVERY = 64  # pictures
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def nearest(
     if chunk is None and query_owners is None:
         index = _winner_by_blocks(queries.detach(), bank.detach())
         return Nearest((queries - bank[index]).square().sum(1), index)
-    half_norms = bank.detach().square().sum(1) / 2  # (M,)
+    half_norms = half_squared_norms(bank)
     starts = range(0, len(queries), chunk) if chunk else (0,)
     winners = []
     for start in starts:
@@ -99,7 +99,7 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int | None = 1024
         rows = _candidates_by_blocks(queries, bank, k)
         first = (queries[:, None] - bank[rows]).square().sum(2).topk(k, dim=1, largest=False)
         return Nearest(first.values, rows.gather(1, first.indices))
-    half_norms = bank.square().sum(1) / 2
+    half_norms = half_squared_norms(bank)
     squared, index = [queries.new_empty(0, k)], [_no_rows(queries).reshape(0, k)]
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
@@ -118,7 +118,12 @@ def grids_pay(levels: Sequence[Tensor]) -> bool:
     return places[0] <= _MOST_ON_GRIDS and saved >= _WORTH_RESAMPLING
 
 
-def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
+def half_squared_norms(bank: Tensor) -> Tensor:
+    """||m||^2 / 2 of each bank row, (M,)."""
+    return bank.detach().square().sum(1) / 2
+
+
+def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor, half_norms: Tensor) -> Tensor:
     """The nearest bank row (B, h, w) of patches that join levels, up to rounding that of `nearest`.
 
     Resampling is linear, so it commutes with products: each level meets its part of the bank on its own grid,
@@ -127,10 +132,9 @@ def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor) -> Tensor:
     Args:
         levels: two or more (B, C, h, w), the finest first, as they are before the others are resampled
             bilinearly to its grid and joined.
-        bank: (M, the sum of C).
+        bank: (M, the sum of C). half_norms: its rows', see `half_squared_norms`.
     """
     levels, bank = [level.detach() for level in levels], bank.detach()
-    half_norms = bank.square().sum(1) / 2
     height, width = levels[0].shape[-2:]
     found = []
     for picture in zip(*levels, strict=True):  # (C, h, w) each

@@ -22,6 +22,7 @@ from fettle.layers.neighbours import (
     FlatIndex,
     Nearest,
     grids_pay,
+    half_squared_norms,
     k_nearest,
     nearest,
     nearest_on_grids,
@@ -120,7 +121,10 @@ class PatchCore(nn.Module):
         # Group number of each bank row, and of each group: known during the fit only.
         self._owners = torch.empty(0, dtype=torch.int64)
         self._owner_of: dict[str, int] = {}
-        self._flat: tuple[Tensor, FlatIndex] | None = None  # of this bank; made when first searched
+        # Of this bank; made when first searched.
+        self._flat: tuple[Tensor, FlatIndex] | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if config.embedding == "pooled":
             _check_pooled([backbone.spec.level(name) for name in levels])
 
@@ -246,7 +250,7 @@ class PatchCore(nn.Module):
         levels = self._levels(pictures)
         patches = self._joined(levels)
         if self._on_grids(levels):
-            row = nearest_on_grids(levels, self.bank)
+            row = nearest_on_grids(levels, self.bank, self._half_norms())
             distance = (patches - self.bank[row].permute(0, 3, 1, 2)).square().sum(dim=1).sqrt()
             return self._maps(patches, valid, distance, row[..., None], self.bank)
         distance, index = self._search(patches, self.bank)
@@ -300,6 +304,11 @@ class PatchCore(nn.Module):
             self._flat = (bank, FlatIndex(bank))
         return self._flat[1].nearest(queries)
 
+    def _half_norms(self) -> Tensor:
+        if self._norms is None or self._norms[0] is not self.bank:
+            self._norms = (self.bank, half_squared_norms(self.bank))
+        return self._norms[1]
+
     def _route(self, bank: Tensor) -> Literal["matrix", "faiss"]:
         if torch.compiler.is_exporting():
             return "matrix"
@@ -319,6 +328,11 @@ class PatchCore(nn.Module):
             neighbour = index.flatten(1, 2)[rows, place, 0]
             score = reweighted(worst, bank, neighbour, self.config.reweight)
         return Maps(anomaly_map, score)
+
+
+def _forget(method: PatchCore, keys: object) -> None:
+    """A state was loaded into the bank: what is known of the former one is stale."""
+    method._flat = method._norms = None
 
 
 def _tokens(batch: FeatureBatch) -> Tensor:
