@@ -73,7 +73,7 @@ def nearest(
         product = _product(queries[part].detach(), bank.detach(), half_norms)
         if query_owners is not None and bank_owners is not None:
             _leave_out(product, query_owners[part], bank_owners)
-        winners.append(_argmin(product))
+        winners.append(_least(product)[1])
     index = winners[0] if len(winners) == 1 else torch.cat(winners) if winners else _no_rows(queries)
     return Nearest((queries - bank[index]).square().sum(1), index)
 
@@ -143,8 +143,7 @@ def nearest_on_grids(levels: Sequence[Tensor], bank: Tensor, half_norms: Tensor)
         for start in range(0, len(bank), _BLOCK_ON_GRIDS):
             block = slice(start, start + _BLOCK_ON_GRIDS)
             product = _product_on_grids(picture, bank[block], half_norms[block])
-            own = _argmin(product)
-            own_least = product.gather(1, own[:, None])[:, 0]
+            own_least, own = _least(product)
             index, least = (own, own_least) if start == 0 else _lower(index, least, own + start, own_least)
         found.append(index)
     return torch.stack(found).view(-1, height, width)
@@ -221,8 +220,7 @@ def _winner_by_blocks(queries: Tensor, bank: Tensor) -> Tensor:
     for start in range(0, len(bank), _BLOCK):
         block = bank[start : start + _BLOCK]
         product = _product(queries, block, block.square().sum(1) / 2)
-        own = _argmin(product)
-        own_least = product.gather(1, own[:, None])[:, 0]
+        own_least, own = _least(product)
         index, least = (own, own_least) if start == 0 else _lower(index, least, own + start, own_least)
     return index
 
@@ -253,16 +251,18 @@ def _leave_out(product: Tensor, query_owners: Tensor, bank_owners: Tensor) -> No
         product[rows, columns] = torch.inf
 
 
-def _argmin(product: Tensor) -> Tensor:
-    """(n,) column of each row's least value, the first of equals.
+def _least(product: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's least value and its column, the first of equals, (n,) each.
 
     The minimum of 64 columns at a time vectorises where an argmin over the whole row does not: a third of
-    its time. Both steps take the first of equals, so the answer is the plain argmin's.
+    its time. Both steps take the first of equals, so the answer is the plain one.
     """
     num_rows = product.shape[1]
     if num_rows % _GROUP:
-        return product.argmin(1)
+        least, column = product.min(1)
+        return least, column
     groups = product.reshape(-1, num_rows // _GROUP, _GROUP)  # (n, M / 64, 64)
     group = groups.amin(2).argmin(1)  # (n,)
     best = groups.gather(1, group[:, None, None].expand(-1, 1, _GROUP))[:, 0]  # (n, 64)
-    return group * _GROUP + best.argmin(1)
+    least, column = best.min(1)
+    return least, group * _GROUP + column
