@@ -23,8 +23,12 @@ torch.set_num_threads(1)  # tiny networks gain nothing from threads, and lose mu
 TINY_LEVELS = (Level("stride4", 8, 4), Level("stride8", 12, 8), Level("stride16", 16, 16))
 
 
-_FEATURES = tempfile.TemporaryDirectory(prefix="fettle-test-features-")  # removed when the run ends
+_FEATURES = tempfile.TemporaryDirectory(prefix="fettle-test-features-")
 os.environ["FETTLE_CACHE"] = _FEATURES.name  # not the user's own
+
+
+def pytest_unconfigure() -> None:
+    _FEATURES.cleanup()
 
 
 class TinyPyramid(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class FeatureFile:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # lives on
+                weakref.finalize(self, self._file.close)
                 self._room = min(self._room, shutil.disk_usage(self.folder).free // 2)
             except OSError as error:
                 self._cannot_write(error)

@@ -252,6 +252,15 @@ def test_the_way_rows_are_handed_over_does_not_matter() -> None:
     assert torch.equal(whole.arrivals, again.arrivals) and torch.equal(whole.owners, again.owners)
 
 
+@pytest.mark.parametrize("expected", [0, 310, 5000])
+def test_the_number_of_rows_expected_changes_no_answer(expected: int) -> None:
+    pictures = _features(2000, 16).reshape(20, 100, 16)
+    plain = _fill(CoresetStream(16, 150, memory_mib=64), pictures).finish()
+    told = _fill(CoresetStream(16, 150, memory_mib=64, expected_rows=expected), pictures).finish()
+    assert torch.equal(told.arrivals, plain.arrivals) and torch.equal(told.owners, plain.owners)
+    assert (told.num_seen, told.reductions) == (2000, 1)
+
+
 def test_rows_that_were_handed_over_may_be_changed() -> None:
     pictures = _features(2000, 16).reshape(20, 100, 16)
     expected = _fill(_stream(16, 150, 333), pictures).finish()

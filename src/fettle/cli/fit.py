@@ -67,9 +67,11 @@ def fit(
         str | None, typer.Option(help="With --multi-class: these only, names with commas between.")
     ] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the feature cache; default: FETTLE_CACHE, or the user's.")
+        Path | None, typer.Option(help="Folder that keeps features; default: FETTLE_CACHE, or the user's.")
     ] = None,
-    cache_mib: Annotated[int, typer.Option(min=0, help="Bound on the feature cache, MiB; 0: none.")] = 8192,
+    cache_mib: Annotated[
+        int, typer.Option(min=0, help="Bound on the features that are kept there, MiB; 0: keep none.")
+    ] = 8192,
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for a TensorBoard log of the training.")
     ] = None,

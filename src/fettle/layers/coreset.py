@@ -280,6 +280,7 @@ class CoresetStream:
         cap: largest number k of rows to choose.
         projection: (D, dims) for the selection, or None to select on the rows as they are.
         memory_mib: bound on the buffer, the chosen rows and the selection together.
+        expected_rows: the buffer is made for so many within that bound, and grows where more come.
         sample: generator of the approximate selection; None selects exactly.
         progress: passed on to the selection.
         block_bytes: bound on the selection's product.
@@ -295,6 +296,7 @@ class CoresetStream:
         *,
         projection: Tensor | None = None,
         memory_mib: int = 256,
+        expected_rows: int = 0,
         sample: Generator | None = None,
         progress: Progress = no_progress,
         block_bytes: int = BLOCK_BYTES,
@@ -317,10 +319,10 @@ class CoresetStream:
                 f"{memory_mib} MiB cannot hold twice a bank of {cap} rows of {num_features} features.",
                 f"Set memory_mib to at least {needed}, or the bank's cap lower.",
             )
-        # Made by the first rows: a system gives memory to a buffer only where it is written.
-        self._buffer = torch.empty(0)  # (room, dims), less the centre
-        self._centre = torch.empty(0)
-        self._owners = self._arrivals = torch.empty(0, dtype=torch.int64)  # (room,)
+        self._expected = max(expected_rows, 2 * cap)
+        self._buffer = torch.empty(0, self.dims)  # (rows, dims), less the centre; those held come first
+        self._centre = torch.zeros(self.dims)
+        self._owners = self._arrivals = torch.empty(0, dtype=torch.int64)  # (rows,)
         self._held = 0
         self._seen = 0
         self._radius = 0.0
@@ -342,13 +344,13 @@ class CoresetStream:
         if self.projection is not None:
             projected = projected @ self.projection.to(rows.device)
         if not self._seen:
-            self._buffer = projected.new_empty(self.room, self.dims)
-            self._centre = projected.new_zeros(self.dims)
-            self._owners, self._arrivals = torch.empty(2, self.room, dtype=torch.int64)
+            self._buffer, self._centre = self._buffer.to(projected), self._centre.to(projected)
         while len(projected):
             if self._held == self.room:
                 self._reduce()
-            part = projected[: self.room - self._held]
+            if self._held == len(self._buffer):
+                self._grow()
+            part = projected[: min(self.room, len(self._buffer)) - self._held]
             projected = projected[len(part) :]
             added = slice(self._held, self._held + len(part))
             torch.sub(part, self._centre, out=self._buffer[added])
@@ -380,6 +382,15 @@ class CoresetStream:
         seconds += predict(rest + self.cap, self.dims, self.cap)[0] if rest else 0.0
         kept = 4 * self.num_features * min(self.cap, num_rows)
         return seconds, (held * (4 * self.dims + _BYTES_A_ROW) + kept + self.block_bytes) / _MIB
+
+    def _grow(self) -> None:
+        """Make room for the rows that are expected, or for twice as many as there is."""
+        rows = min(self.room, max(self._expected, 2 * len(self._buffer)))
+        for name in ("_buffer", "_owners", "_arrivals"):
+            before = getattr(self, name)
+            after = before.new_empty(rows, *before.shape[1:])
+            after[: self._held] = before[: self._held]
+            setattr(self, name, after)
 
     def _reduce(self) -> None:
         held = self._buffer[: self._held]

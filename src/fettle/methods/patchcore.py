@@ -219,6 +219,7 @@ class PatchCore(nn.Module):
             rows,
             projection=projection,
             memory_mib=memory_mib,
+            expected_rows=expected_rows,
             sample=run.generator("patchcore/sample") if self.config.selection == "approximate" else None,
             progress=run.progress,
         )
