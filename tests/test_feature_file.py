@@ -65,11 +65,14 @@ def test_reading_in_the_middle_of_writing_changes_nothing(tmp_path: Path) -> Non
 
 
 def test_after_the_first_that_does_not_fit_none_is_kept(tmp_path: Path) -> None:
-    kept = FeatureFile(tmp_path, max_mib=1)
+    said: list[str] = []
+    kept = FeatureFile(tmp_path, max_mib=1, say=said.append)
     assert kept.append(batch(0))
     assert not kept.append(batch(1, large=torch.zeros(2, 1 << 17)))
     assert not kept.append(batch(2))  # it would fit, but the stream would have a hole
     assert [one.keys for one in kept] == [("a0", "b0")]
+    (sentence,) = said
+    assert "room for 1 MiB" in sentence and "--cache-mib" in sentence
 
 
 def test_half_of_the_free_disk_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,6 @@ def test_each_view_names_its_file_and_its_product(stream: Stream, tmp_path: Path
     assert [product for batch in batches for product in batch.products] == [one.product for one in views]
 
 
-def test_a_kept_batch_names_the_same_files(tmp_path: Path) -> None:
-    stream = good_features(pictures_in(tmp_path / "good"), SQUARE)
-    first, again = ([batch.paths for batch in stream] for _ in range(2))
-    assert first == again
-
-
 def test_a_training_batch_tells_the_product_of_each_of_its_views(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path / "good")
     order = [6, 0, 3, 3]
@@ -139,6 +133,12 @@ def kept_stream(folder: Path, pictures: list[GoodPicture], max_mib: int = 64) ->
     return stream, method
 
 
+def torn_picture(folder: Path, key: str) -> GoodPicture:
+    path = folder / "torn.png"
+    path.write_bytes(b"torn")
+    return GoodPicture(path, key, key)
+
+
 def test_what_is_kept_is_computed_once(tmp_path: Path) -> None:
     stream, method = kept_stream(tmp_path / "cache", pictures_in(tmp_path / "good"))
     first, again = list(stream), list(stream)
@@ -151,8 +151,7 @@ def test_what_is_kept_is_computed_once(tmp_path: Path) -> None:
 
 def test_a_walk_that_was_left_early_is_gone_on_with(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path / "good")
-    (tmp_path / "good" / "torn.png").write_bytes(b"torn")
-    torn = GoodPicture(tmp_path / "good" / "torn.png", "0" * 64, "0" * 64)  # the first in the order
+    torn = torn_picture(tmp_path, "0" * 64)  # the first in the order
     stream, method = kept_stream(tmp_path / "cache", [*pictures, torn])
     for number, _ in enumerate(stream):
         if number == 1:
@@ -165,11 +164,27 @@ def test_a_walk_that_was_left_early_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_two_walks_at_once_see_the_same(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path / "good")
-    stream, _ = kept_stream(tmp_path / "cache", pictures)
+    last = torn_picture(tmp_path, "f" * 64)
+    stream, _ = kept_stream(tmp_path / "cache", [*pictures, last])
     keys = [one.key for one in pictures]
     walks = [iter(stream), iter(stream)]
     found: list[list[str]] = [[], []]
-    for turn in (0, 1, 1, 0, 0, 1, 1, 0):
+    for turn in (0, 1, 1, 0, 0, 0, 1, 1):
         found[turn] += next(walks[turn]).keys
     assert found == [keys, keys]
     assert [key for batch in stream for key in batch.keys] == keys
+
+
+def test_a_picture_that_changes_is_refused_from_then_on(tmp_path: Path) -> None:
+    pictures = pictures_in(tmp_path / "good")
+    method = Counted()
+    stream = GoodFeatures(method, pictures, SQUARE, device="cpu", progress=no_progress, what="")
+    list(stream)
+    before = pictures[3].path.read_bytes()
+    pictures[3].path.write_bytes(pictures[0].path.read_bytes())
+    rest = [one.key for one in pictures if one is not pictures[3]]
+    assert [key for batch in stream for key in batch.keys] == rest
+    pictures[3].path.write_bytes(before)
+    assert [key for batch in stream for key in batch.keys] == rest
+    (refusal,) = stream.refusals
+    assert refusal.path == str(pictures[3].path) and "has changed" in refusal.reason

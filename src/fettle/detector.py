@@ -279,7 +279,7 @@ class Detector:
             path_of=path_of,
             product_of=product_of,
             calibration_of=self.calibration_of,
-            batch_size=batch_size or views_together(self.device),
+            batch_size=views_together(self.device) if batch_size is None else batch_size,
             rules=rules or RegionRules(),
             explainer=self.explainer() if explain else None,
             refiner=refiner,

@@ -1,4 +1,4 @@
-"""Feature batches on disk for the length of a fit: its memory then does not grow with the pictures."""
+"""Feature batches on disk for the length of a fit, so that they take no memory, however many there are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from fettle.errors import DataError
 from fettle.protocols import FeatureBatch, no_words
 
 _MIB = 1 << 20
@@ -40,7 +41,7 @@ class FeatureFile:
     Args:
         folder: made when first needed.
         max_mib: bound on the file, MiB; it never takes more than half of what the disk has free either.
-        say: hears once that the file cannot be written.
+        say: hears once that nothing more is kept, and why.
     """
 
     def __init__(self, folder: Path, *, max_mib: int, say: Callable[[str], None] = no_words) -> None:
@@ -64,7 +65,6 @@ class FeatureFile:
         tensors = {_VALID: batch.valid, **{_FEATURE + name: t for name, t in batch.features.items()}}
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._full or not self._has_room(size):
-            self._full = True
             return False
         try:
             stored = {name: self._write(tensor) for name, tensor in tensors.items()}
@@ -84,13 +84,18 @@ class FeatureFile:
             except OSError as error:
                 self._cannot_write(error)
                 return False
-        return self._end + size <= self._room
+        if self._end + size > self._room:
+            self._stop(f"there is room for {self._room // _MIB} MiB", "Raise --cache-mib, or free the disk.")
+        return not self._full
 
     def _cannot_write(self, error: OSError) -> None:
+        self._stop(error.strerror or str(error), "Give a folder that can be written with --cache-dir.")
+
+    def _stop(self, why: str, remedy: str) -> None:
         self._full = True
         self._say(
-            f"Features cannot be kept in {self.folder} ({error.strerror or error}) and are computed each "
-            "time they are needed, which is slower. Give a folder that can be written with --cache-dir."
+            f"Features of further pictures cannot be kept in {self.folder} ({why}) and are computed each "
+            f"time they are needed, which is slower. {remedy}"
         )
 
     def _write(self, tensor: Tensor) -> _Stored:
@@ -113,7 +118,10 @@ class FeatureFile:
         while len(left):
             read = self._file.readinto(left)  # type: ignore[attr-defined]
             if not read:
-                raise OSError(f"The temporary file of features in {self.folder} has lost its end.")
+                raise DataError(
+                    f"The temporary file of features in {self.folder} has lost its end.",
+                    "Check the disk, or give another folder with --cache-dir.",
+                )
             left = left[read:]
         inverse = sorted(range(len(stored.order)), key=stored.order.__getitem__)
         return laid.to(stored.device).permute(inverse)

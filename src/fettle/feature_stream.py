@@ -104,7 +104,8 @@ class GoodFeatures:
         self._pictures = in_stream_order(pictures)
         self._frame = frame
         self._device = device
-        self._batch_size = batch_size or views_together(device)
+        self._batch_size = views_together(device) if batch_size is None else batch_size
+        self._place = {picture.key: place for place, picture in enumerate(self._pictures)}
         self._kept = kept
         self._num_kept = 0  # pictures whose place in the stream is before its first batch that is not kept
         self._refused: dict[str, Refusal] = {}
@@ -138,24 +139,25 @@ class GoodFeatures:
 
     def _batches(self) -> Iterator[FeatureBatch]:
         """First those that are kept, an unbroken beginning of the stream."""
-        done = 0
         if self._kept is not None:
-            for batch in self._kept:
-                done += len(set(batch.keys))
-                yield batch
+            yield from self._kept
         num_kept = self._num_kept
         for batch in self._computed(self._pictures[num_kept:]):
-            done += len(set(batch.keys))
             # Of two walks at once the first to get on keeps.
             if self._kept is not None and self._num_kept == num_kept and self._kept.append(batch):
-                self._num_kept = num_kept = done + len(self._refused)
+                self._num_kept = num_kept = 1 + self._place[batch.keys[-1]]
             yield batch
 
     def _computed(self, pictures: Sequence[GoodPicture]) -> Iterator[FeatureBatch]:
         pending: list[Loaded[GoodPicture]] = []
-        for loaded in load_framed(pictures, lambda picture: picture.path, self._frame):
+        readable = [picture for picture in pictures if picture.key not in self._refused]
+        for loaded in load_framed(readable, lambda picture: picture.path, self._frame):
             if not isinstance(loaded, Loaded):
                 self._refused[loaded[0].key] = loaded[1]
+                continue
+            if loaded.picture.sha256 != loaded.item.key:
+                path = str(loaded.item.path)
+                self._refused[loaded.item.key] = Refusal(path, f"'{path}' has changed since it was listed.")
                 continue
             pending.append(loaded)
             if sum(len(item.placed.views) for item in pending) >= self._batch_size:

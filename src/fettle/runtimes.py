@@ -15,8 +15,8 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.metadata import version
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -123,16 +123,23 @@ class OnnxRuntime:
         return dict(zip(self._outputs, found, strict=True))
 
 
-@lru_cache(maxsize=1)
+_core: openvino.Core | None = None
+_core_lock = Lock()
+
+
 def openvino_core() -> openvino.Core:
     """OpenVINO's core, one for the whole process.
 
     On Linux the CPU plugin of each core gives the thread a stack for signals. When it goes it puts back the
     one before, even if that was another core's which has gone already: Ctrl-C then ends in a crash.
     """
+    global _core
     import openvino
 
-    return openvino.Core()
+    with _core_lock:
+        if _core is None:
+            _core = openvino.Core()
+        return _core
 
 
 @contextmanager

@@ -261,6 +261,19 @@ def test_the_number_of_rows_expected_changes_no_answer(expected: int) -> None:
     assert (told.num_seen, told.reductions) == (2000, 1)
 
 
+def test_the_last_growth_starts_from_half_the_room_at_most() -> None:
+    stream = CoresetStream(16, 50, memory_mib=8)
+    near = CoresetStream(16, 50, memory_mib=8, expected_rows=stream.room - 5)
+    rows = _features(1000, 16)
+    sizes = {id(one): {len(one._buffer)} for one in (stream, near)}
+    for one in (stream, near):
+        for owner in range(one.room // 1000 + 1):
+            one.add(rows, owner)
+            sizes[id(one)].add(len(one._buffer))
+    for found in sizes.values():
+        assert max(found) == stream.room and sorted(found)[-2] <= stream.room // 2
+
+
 def test_rows_that_were_handed_over_may_be_changed() -> None:
     pictures = _features(2000, 16).reshape(20, 100, 16)
     expected = _fill(_stream(16, 150, 333), pictures).finish()

@@ -164,6 +164,22 @@ def test_bank_cap_holds_beside_the_ratio() -> None:
     assert len(method.bank) == 40
 
 
+class Losing(Stream):
+    """Without its second picture from the second walk on."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        self.walks += 1
+        return (one for i, one in enumerate(self.batches) if self.walks == 1 or i != 1)
+
+
+def test_a_picture_that_goes_while_it_is_learnt_from_is_named() -> None:
+    batches = [one._replace(paths=(f"{one.keys[0]}.png",)) for one in random_stream(4).batches]
+    with pytest.raises(DataError, match=r"'01\.png' was changed or removed"):
+        patchcore(bank_rows=50).prepare(Losing(batches), Run())
+
+
 def test_bank_ratio_counts_every_tile_of_a_picture() -> None:
     """Three pictures of four tiles each: the share is of 12 x 64 patches."""
     generator = torch.Generator().manual_seed(0)

@@ -70,7 +70,10 @@ def fit(
         Path | None, typer.Option(help="Folder that keeps features; default: FETTLE_CACHE, or the user's.")
     ] = None,
     cache_mib: Annotated[
-        int, typer.Option(min=0, help="Bound on the features that are kept there, MiB; 0: keep none.")
+        int,
+        typer.Option(
+            min=0, help="Bound on features kept for trainings, and on those of this fit, MiB; 0: keep none."
+        ),
     ] = 8192,
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for a TensorBoard log of the training.")

@@ -341,10 +341,11 @@ class CoresetStream:
                 f"Features of picture {owner} hold NaN or infinity.", "Check the backbone's weights."
             )
         projected = rows.detach().float()
-        if self.projection is not None:
-            projected = projected @ self.projection.to(rows.device)
         if not self._seen:
             self._buffer, self._centre = self._buffer.to(projected), self._centre.to(projected)
+            self.projection = None if self.projection is None else self.projection.to(projected)
+        if self.projection is not None:
+            projected = projected @ self.projection
         while len(projected):
             if self._held == self.room:
                 self._reduce()
@@ -385,7 +386,9 @@ class CoresetStream:
 
     def _grow(self) -> None:
         """Make room for the rows that are expected, or for twice as many as there is."""
-        rows = min(self.room, max(self._expected, 2 * len(self._buffer)))
+        rows = max(self._expected, 2 * len(self._buffer))
+        if 2 * rows > self.room:  # the last growth: the former buffer beside it is then at most half
+            rows = self.room
         for name in ("_buffer", "_owners", "_arrivals"):
             before = getattr(self, name)
             after = before.new_empty(rows, *before.shape[1:])

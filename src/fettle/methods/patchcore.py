@@ -7,7 +7,7 @@ nearest of them. Sections named in comments are those of the base methods' speci
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -171,6 +171,7 @@ class PatchCore(nn.Module):
             DataError: the bank would be empty.
         """
         owner_of: dict[str, int] = {}
+        paths: dict[str, str] = {}
         stream: CoresetStream | None = None
         for batch in good:
             if stream is None:
@@ -178,13 +179,14 @@ class PatchCore(nn.Module):
                 rows_each = int(_tokens(batch).sum()) / len(set(batch.keys))
                 dims = batch.features["patches"].shape[1]
                 stream = self._new_stream(dims, round(rows_each * good.num_pictures), run)
+            paths |= zip(batch.keys, batch.paths or batch.keys, strict=True)
             for rows, group in zip(_valid_rows(batch), batch.groups, strict=True):
                 stream.add(rows, owner_of.setdefault(group, len(owner_of)))
         if stream is None:
             raise DataError("There is no good picture to learn from.", "Give a folder of good pictures.")
         chosen = stream.finish()
         del stream
-        self.bank = _rows_by_arrival(good, chosen)
+        self.bank = _rows_by_arrival(good, chosen, paths)
         self._owners = chosen.owners
         self._owner_of = owner_of
         return FitRecord(
@@ -349,24 +351,31 @@ def _valid_rows(batch: FeatureBatch) -> Iterator[Tensor]:
         yield view[own]
 
 
-def _rows_by_arrival(good: FeatureStream, chosen: Chosen) -> Tensor:
+def _rows_by_arrival(good: FeatureStream, chosen: Chosen, paths: Mapping[str, str]) -> Tensor:
     """The chosen patches, (k, D), fetched from the stream in another walk.
 
+    Args:
+        paths: of the pictures in the first walk, by key.
+
     Raises:
-        DataError: the stream is not what it was.
+        DataError: one of them is missing now.
     """
     bank = torch.empty(0)
     begin = 0
+    missing = dict(paths)
     for batch in good:
+        for key in batch.keys:
+            missing.pop(key, None)
         for rows in _valid_rows(batch):
             if not begin:
-                bank = rows.new_empty(len(chosen.arrivals), rows.shape[1])
+                bank = rows.new_empty(len(chosen.arrivals), rows.shape[1], dtype=torch.float32)
             here = ((chosen.arrivals >= begin) & (chosen.arrivals < begin + len(rows))).nonzero()[:, 0]
-            bank[here.to(rows.device)] = rows[(chosen.arrivals[here] - begin).to(rows.device)]
+            bank[here.to(rows.device)] = rows[(chosen.arrivals[here] - begin).to(rows.device)].float()
             begin += len(rows)
-    if begin != chosen.num_seen:
+    if missing:
         raise DataError(
-            "A good picture has changed or gone while it was learnt from.", "Put it back, or fit without it."
+            f"'{next(iter(missing.values()))}' was changed or removed while it was learnt from.",
+            "Put it back, or fit without it.",
         )
     return bank
 
