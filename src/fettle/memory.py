@@ -22,8 +22,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 def views_together(device: str) -> int:
     """Views that go through a network at once, by default.
 
-    On a CPU more than four are slower (`benchmarks/inspect_speed.py`): what they hold leaves its caches, and
-    the C library fetches it anew each time.
+    On a CPU more than four are no faster (`benchmarks/inspect_speed.py`) and hold more.
     """
     return 4 if device.startswith("cpu") else 8
 
