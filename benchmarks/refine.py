@@ -197,6 +197,8 @@ def table() -> None:
             print_rows(records, "main", part, mode, REFINERS[1:], (*REAL, "parts"), BASES, change_of)
     print("\n#### The other methods, one seed, every picture refined: pixel AP / IoU / boundary F\n")
     print_rows(records, "main", "tight", "all", REFINERS, REAL, OTHERS, figures_of)
+    print("\n#### The other methods on coarse masks\n")
+    print_rows(records, "main", "coarse", "all", REFINERS, REAL, OTHERS, figures_of)
     for group, structural in (("colours of their own", False), ("structure", True)):
         print(f"\n#### Kinds told by {group}: IoU / boundary F\n")
         show = partial(group_of, structural=structural)
