@@ -7,8 +7,8 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class FeatureFile:
         self.folder = folder
         self._room = max_mib * _MIB
         self._say = say
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._end = 0
         self._batches: list[tuple[dict[str, _Stored], FeatureBatch]] = []  # the batch without its tensors
         self._full = False
@@ -116,7 +116,7 @@ class FeatureFile:
         self._file.seek(stored.offset)
         left = _bytes_of(laid)
         while len(left):
-            read = self._file.readinto(left)  # type: ignore[attr-defined]
+            read = self._file.readinto(left)
             if not read:
                 raise DataError(
                     f"The temporary file of features in {self.folder} has lost its end.",
