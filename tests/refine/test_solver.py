@@ -214,6 +214,13 @@ def test_free_form_stays_within_the_pictures_range() -> None:
         assert float(restored.min()) >= 0 and float(restored.max()) <= 1
 
 
+def test_free_form_leaves_a_start_without_gradient_by_its_step() -> None:
+    """Where everything is replaced no energy is left and nothing but the sparsity moves."""
+    config = F2PADConfig(form="free", share="none", iters=1, time_cap_s=1000)
+    (solution,) = solved(config, grey_with(SQUARE))  # 0.4 above its fill in each of three channels
+    assert solution.objective == pytest.approx(0.6 * (1 - 0.03 / (0.4 * 3**0.5)), abs=1e-5)
+
+
 def test_no_iterations_give_the_start() -> None:
     config = PLAIN.model_copy(update={"iters": 0})
     (solution,) = solved(config, grey_with(SQUARE))
