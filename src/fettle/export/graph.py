@@ -21,6 +21,10 @@ from fettle.protocols import Method
 VERDICTS = ("ok", "review", "reject")
 """What the graph's 0, 1 and 2 mean."""
 
+_ROUNDING = 1e-5
+"""How far a graph's thresholds lie above the calibration's, as a share of them. A threshold is the score of a
+good picture, and how an engine rounds shall not tell that picture from its own score."""
+
 
 class InspectionGraph(nn.Module):
     """Pictures in the frame to what an inspection says of them.
@@ -85,8 +89,8 @@ def graph_thresholds(calibration: Calibration) -> Mapping[str, float]:
 def _thresholds(calibration: Calibration) -> Mapping[str, float]:
     review, reject = calibration.t_review, calibration.t_reject
     return {
-        "t_review": -math.inf if review is None else float32_below(review),
-        "t_reject": math.inf if reject is None else float32_below(reject),
+        "t_review": -math.inf if review is None else float32_below(review + _ROUNDING * abs(review)),
+        "t_reject": math.inf if reject is None else float32_below(reject + _ROUNDING * abs(reject)),
     }
 
 
