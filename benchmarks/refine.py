@@ -16,9 +16,9 @@ GROUP-DATA-METHOD-ARM-SEED:
   were a choice, on 10 pictures with a defect and 5 good ones.
 
 Kinds whose masks are coarse by their source are evaluated apart ("coarse"). No more than so many defective
-and good pictures a product are refined, chosen by content; nothing is chosen by a test mask. Rendered pictures
-differ in their last bits between kinds of processors, and so may the choice of them: run their cells on one. The
-time cap is lifted, so that a busy machine changes no figure.
+and good pictures a product are refined, chosen by content; nothing is chosen by a test mask. Rendered
+pictures differ in their last bits between kinds of processors, and so may the choice of them: run their
+cells on one. The time cap is lifted, so that a busy machine changes no figure.
 """
 
 from __future__ import annotations

@@ -357,7 +357,7 @@ def test_convolution_takes_from_nearby_places_alone() -> None:
     changed[:, 3 * 8 + 3] += 1  # row 3, column 3
     moved = (
         (net._convolved(Tokens(changed, seen.valid), template, GRID).values
-         - net._convolved(seen, template, GRID).values).abs().sum(dim=2)[0] > 1e-6
+         - net._convolved(seen, template, GRID).values).abs().sum(dim=2)[0] > 1e-9
     ).reshape(GRID)  # fmt: skip
     near = torch.zeros(GRID, dtype=torch.bool)
     near[1:6, 1:6] = True

@@ -285,8 +285,8 @@ def _step(
     unbiased = running / (1 - config.momentum ** (t + 1))
     own_scale = square / (1 - config.scale_decay ** (t + 1))
     scale = own_scale.sum(dim=(1, 2, 3), keepdim=True) / roi.sum(dim=(1, 2, 3), keepdim=True)
-    if objective.free:  # without energy left there is no gradient, and the sparsity would take all at once;
-        scale = torch.maximum(scale, objective.weight.square())  # a mask is back in a step, the free form never
+    if objective.free:  # without energy left there is no gradient, and the sparsity would take all at once:
+        scale = torch.maximum(scale, objective.weight.square())  # a mask comes back in a step, A does not
     eta = config.eta_free if objective.free else config.eta
     eta *= 0.1 + 0.45 * (1 + math.cos(math.pi * t / config.iters))
     step = eta / scale.sqrt().clamp_min(_TINY)  # (B, 1, 1, 1)
