@@ -21,7 +21,7 @@ from conftest import textured, write_good
 from fettle.detector import Detector
 from fettle.errors import CalibrationError, DataError, ModelFolderError, UsageError
 from fettle.export import run as export_run
-from fettle.export.graph import VERDICTS
+from fettle.export.graph import VERDICTS, CrossVerdict, ScoreVerdict
 from fettle.export.parity import Tolerances, good_views, measure_parity
 from fettle.export.run import export_model
 from fettle.exported import ExportFacts
@@ -260,6 +260,21 @@ def test_cross_calibration_goes_into_the_graph(good: Path, tmp_path: Path) -> No
     assert {answer.verdict for answer in answers} >= {Verdict.OK, Verdict.REJECT}
     for path, answer in zip(paths, answers, strict=True):
         assert VERDICTS[graph(*framed(path))["verdict"][0]] == answer.verdict.value
+
+
+def test_rounding_does_not_tell_a_good_picture_from_its_own_score(detector: Detector) -> None:
+    """A threshold is such a score, and so is what a cross calibration counts."""
+    calibration = detector.calibration
+    bound = calibration.t_review
+    assert bound is not None
+    scores = torch.tensor([bound, bound * (1 + 1e-6), bound * (1 + 1e-4)])
+    assert (ScoreVerdict(calibration)(scores) > 0).tolist() == [False, False, True]
+    many = tuple(float(i) for i in range(1, 101))
+    cross = calibration.model_copy(
+        update={"scores": many, "folds": (0,) * 100, "promise_on": "review", "alpha_review": 0.05}
+    )
+    scores = 96 * torch.tensor([[1.0], [1 + 1e-6], [1 + 1e-4]])  # five are at least as odd: p is 6 in 101
+    assert (CrossVerdict(cross)(scores) > 0).tolist() == [False, False, True]
 
 
 OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [

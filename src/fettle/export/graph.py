@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -21,9 +20,7 @@ from fettle.protocols import Method
 VERDICTS = ("ok", "review", "reject")
 """What the graph's 0, 1 and 2 mean."""
 
-_ROUNDING = 1e-5
-"""How far a graph's thresholds lie above the calibration's, as a share of them. A threshold is the score of a
-good picture, and how an engine rounds shall not tell that picture from its own score."""
+_HAIR = 1e-5  # a share
 
 
 class InspectionGraph(nn.Module):
@@ -89,8 +86,8 @@ def graph_thresholds(calibration: Calibration) -> Mapping[str, float]:
 def _thresholds(calibration: Calibration) -> Mapping[str, float]:
     review, reject = calibration.t_review, calibration.t_reject
     return {
-        "t_review": -math.inf if review is None else float32_below(review + _ROUNDING * abs(review)),
-        "t_reject": math.inf if reject is None else float32_below(reject + _ROUNDING * abs(reject)),
+        "t_review": -math.inf if review is None else a_hair_above(review),
+        "t_reject": math.inf if reject is None else a_hair_above(reject),
     }
 
 
@@ -103,7 +100,7 @@ class CrossVerdict(nn.Module):
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()
         assert calibration.folds is not None
-        scores = [float32_below(score) for score in calibration.scores]
+        scores = [a_hair_above(score) for score in calibration.scores]
         self.register_buffer("scores", torch.tensor(scores))
         self.register_buffer("of_fold", torch.tensor(calibration.folds, dtype=torch.int64))
         self.most_for_reject = -1
@@ -118,10 +115,12 @@ class CrossVerdict(nn.Module):
         return (number <= self.most_for_reject).long() + (number <= self.most_for_review).long()
 
 
-def float32_below(value: float) -> float:
-    """The largest float32 that is not above: of a float32 score s, s > value is then s > it."""
-    single = np.float32(value)
-    return float(single if single <= value else np.nextafter(single, np.float32(-np.inf)))
+def a_hair_above(value: float) -> float:
+    """What a graph compares with in the place of a calibration score.
+
+    Each is the score of a good picture, and how an engine rounds shall not tell that picture from itself.
+    """
+    return value + _HAIR * abs(value)
 
 
 def _most_above(alpha: float, num_scores: int) -> int:
