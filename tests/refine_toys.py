@@ -99,6 +99,7 @@ def refine(
     base: Tensor | None = None,
     valid: Tensor | None = None,
     chosen: list[bool] | None = None,
+    tiles_of: list[int] | None = None,
     config: F2PADConfig = PLAIN,
     **settings: object,
 ) -> list[Refined]:
@@ -111,6 +112,7 @@ def refine(
         facts or grey_facts(views.shape[-1]),
         F2PADConfig.model_validate({**config.model_dump(), **settings}),
         chosen=[True] * len(pictures) if chosen is None else chosen,
+        pictures=tiles_of,
     )
 
 

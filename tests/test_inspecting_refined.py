@@ -53,12 +53,20 @@ class Stub:
     name: str = "f2pad"
     chosen: list[bool] = field(default_factory=list)
     maps: list[NDArray[np.float32]] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
 
     def __call__(
-        self, method: object, views: Tensor, valid: Tensor, base_maps: Tensor, chosen: Sequence[bool]
+        self,
+        method: object,
+        views: Tensor,
+        valid: Tensor,
+        base_maps: Tensor,
+        chosen: Sequence[bool],
+        pictures: Sequence[int],
     ) -> list[Refined]:
-        assert len(views) == len(valid) == len(base_maps) == len(chosen)
+        assert len(views) == len(valid) == len(base_maps) == len(chosen) == len(pictures)
         self.chosen += chosen
+        self.pictures += pictures
         self.maps += list(base_maps.numpy().copy())
         return [self._one(base, wanted) for base, wanted in zip(base_maps, chosen, strict=True)]
 
@@ -345,7 +353,7 @@ def test_tiles_masks_join_to_the_pictures(tmp_path: Path) -> None:
 
     stub = Stub(part)
     (found,) = inspect([path], stub, frame=frame)
-    assert len(stub.chosen) == 12 and all(stub.chosen)
+    assert len(stub.chosen) == 12 and all(stub.chosen) and stub.pictures == [0] * 12
     np.testing.assert_allclose(found.soft, whole, atol=1e-6)
     np.testing.assert_array_equal(found.marks(PIXEL), whole > 0)
     assert [region.area_px for region in found.regions] == [1500]
@@ -366,4 +374,21 @@ def test_a_tile_that_was_not_refined_keeps_the_threshold(tmp_path: Path) -> None
     expected[5:8, 5:8] = expected[20:28, 40:56] = True
     np.testing.assert_array_equal(found.marks(PIXEL), expected)
     assert found.refinement is not None
-    assert found.refinement["refined"] == "empty_roi"  # of the tile with the highest score
+    assert (found.refinement["refined"], found.refinement["applied"]) == ("yes", True)
+    assert found.refinement["notes"] == ["1 of 2 tiles were refined."]
+    assert found.refinement["seconds"] == found.seconds["refine"] == 0.375
+
+
+def test_a_mask_is_whole_where_a_tile_beside_it_was_not_refined(tmp_path: Path) -> None:
+    """Two tiles that share 16 columns, with a defect across all of them: only the left one's is refined."""
+    values = np.full((32, 48), 0.1)
+    values[8:16, 12:34] = 0.8  # and the left tile, columns 0 to 31, marks what it has of that
+    values[20:24, 40:44] = 0.9  # seen by the right tile only
+    path = grey_of(tmp_path, "a.png", values)
+    soft = block(slice(8, 16), slice(12, 32), (32, 32), value=0.6)
+    frame = Frame(mode="tile", height=32, width=32, overlap=16)
+    stub = Stub(lambda base: Known(soft, np.ones((32, 32), bool)) if base.max() < 0.85 else None)
+    (found,) = inspect([path], stub, frame=frame)
+    expected = values > 0.5
+    np.testing.assert_array_equal(found.marks(PIXEL), expected)
+    assert sorted(region.area_px for region in found.regions) == [16, 176]

@@ -192,14 +192,20 @@ class Detector:
         return shown_templates(self.method)
 
     def refiner(
-        self, name: str, *, everything: bool = False, settings: Mapping[str, object] | None = None
+        self,
+        name: str,
+        *,
+        everything: bool = False,
+        preset: str | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> Refiner | None:
         """What sharpens this model's maps; None for "none".
 
         Args:
             name: "f2pad", "difference", "grabcut", "guided", "blur" or "none", see `refine.refiner`.
             everything: pictures whose verdict is ok, too.
-            settings: fields of `refine.settings.F2PADConfig` to change.
+            preset: of F2PAD, see `refine.settings.PRESETS`; None: compact.
+            settings: fields of its `F2PADConfig` to change.
 
         Raises:
             UsageError: no such refiner, an exported model, or OpenCV is not installed and it needs that.
@@ -211,7 +217,9 @@ class Detector:
             f"cannot be refined with '{name}': its graph gives no gradients or patch energies"
         )
         facts, references = self.for_refiners or (stand_in_facts(self.calibration.pixel_threshold), None)
-        return make_refiner(name, facts, references, everything=everything, settings=settings)
+        if references is not None:
+            references = references.to(self.device)
+        return make_refiner(name, facts, references, everything=everything, preset=preset, settings=settings)
 
     def inspect(
         self,

@@ -19,6 +19,7 @@ from fettle.images.picture import Picture
 from fettle.inspection import Explained, Inspection, Refusal, Region, Verdict
 from fettle.protocols import Explains, Json, Method, Remarks
 from fettle.refine.f2pad import Refined
+from fettle.refine.record import joined
 from fettle.refine.refiner import Refiner
 
 Item = TypeVar("Item")
@@ -142,13 +143,15 @@ class Inspector(Generic[Item]):
         if self.refiner is None:
             return []
         chosen: list[bool] = []
-        for item in loaded:
+        pictures: list[int] = []
+        for number, item in enumerate(loaded):
             own = slice(len(chosen), len(chosen) + len(item.placed.views))
             verdict = self._verdict(item, seen, fold_scores, own)
             wanted = verdict is not None and (self.refiner.everything or verdict is not Verdict.OK)
             chosen += [wanted] * len(item.placed.views)
+            pictures += [number] * len(item.placed.views)
         pixels, inside, maps = (torch.from_numpy(one).to(self.device) for one in (views, valid, seen.maps))
-        return self.refiner(self.methods[0], pixels, inside, maps, chosen)
+        return self.refiner(self.methods[0], pixels, inside, maps, chosen, pictures)
 
     def _answer(
         self,
@@ -202,7 +205,7 @@ class Inspector(Generic[Item]):
             sha256=loaded.picture.sha256,
             notes=notes,
             soft=soft,
-            refinement=self._refinement(refined, number),
+            refinement=self._refinement(refined, seen),
         )
         return Inspected(loaded.item, loaded.picture, inspection, explained)
 
@@ -223,16 +226,19 @@ class Inspector(Generic[Item]):
             for views in ([one.soft for one in refined], [one.speaks for one in refined])
         ]
         soft, speaks = (self.frame.restore(part, loaded.placed, loaded.picture.size)[0] for part in parts)
+        soft = np.minimum(soft / np.maximum(speaks, np.float32(0.5)), 1)  # of those alone that speak there
         rest = np.zeros_like(soft)
         if threshold is not None and threshold > 0:
             rest = np.clip(own_map / np.float32(2 * threshold), 0, 1)
         return np.where(speaks > 0.5, soft, rest)
 
-    def _refinement(self, refined: Sequence[Refined], number: int) -> dict[str, Json] | None:
-        """What was done to the view with the highest score."""
+    def _refinement(self, refined: Sequence[Refined], seen: _Seen) -> dict[str, Json] | None:
+        """What was done to a picture, of its views the one with the highest score first."""
         if self.refiner is None:
             return None
-        return {"refiner": self.refiner.name, **refined[number].record.to_json()}
+        order = sorted(range(len(refined)), key=lambda i: -seen.scores[i])
+        record = joined([refined[i].record for i in order])
+        return {"refiner": self.refiner.name, **record.to_json()}
 
     def _remarks(self, seen: _Seen, number: int) -> tuple[str, ...]:
         """What the method says of one view."""

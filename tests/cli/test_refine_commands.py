@@ -202,9 +202,10 @@ def test_products_boundaries_are_averaged(tmp_path: Path) -> None:
     ("more", "words"),
     [
         (("--refine", "f2pat"), ("no refiner 'f2pat'", "f2pad")),
-        (("--refine-all",), ("--refine-all and --refine-set", "Add --refine f2pad.")),
-        (("--refine-set", "iters=3"), ("--refine-all and --refine-set", "Add --refine f2pad.")),
-        (("--refine", "none", "--refine-all"), ("--refine-all and --refine-set",)),
+        (("--refine-all",), ("--refine-all, ", "Add --refine f2pad.")),
+        (("--refine-set", "iters=3"), ("and --refine-set", "Add --refine f2pad.")),
+        (("--refine", "none", "--refine-preset", "compact"), ("--refine-preset", "Add --refine f2pad.")),
+        (("--refine", "f2pad", "--refine-preset", "compakt"), ("no preset", "compact")),
         (("--refine", "f2pad", "--refine-set", "iter=3"), ("no field 'iter'", "iters")),
         (("--refine", "f2pad", "--refine-set", "iters"), ("--refine-set iters has no '='",)),
         (("--refine", "f2pad", "--refine-set", "iters=-1"), ("'iters'", "cannot be -1")),

@@ -65,7 +65,7 @@ def test_the_plain_difference_stands_in_where_the_solver_finds_nothing(
 ) -> None:
     """The objective chooses between their masks; the checks then look at the chosen one's picture."""
 
-    def in_vain(problem: Problem, energy: WindowEnergy, config: F2PADConfig) -> list[Solution]:
+    def in_vain(problem: Problem, energy: WindowEnergy, config: F2PADConfig, _: Any) -> list[Solution]:
         nothing = torch.zeros_like(problem.roi[0])
         return [Solution(nothing, 1.0, float(problem.before[0]), 0.6, config.iters, "max_iter")]
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fettle.refine import f2pad
+from fettle.refine.solver import Solution, solve
 from refine_toys import (
     FIRST,
     SECOND,
@@ -82,6 +84,21 @@ def test_a_tiny_time_cap_still_judges_the_best_iterate() -> None:
     (answer,) = refine(GreyMethod(), grey_with(SQUARE), time_cap_s=1e-9, facts=grey_facts(noise_floor=5.0))
     assert answer.record.refined == "time_cap"
     assert_base_stands(answer, base_of(grey_with(SQUARE))[0])
+
+
+def test_tiles_of_a_picture_share_its_time_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its four tiles one has no region, and takes no share."""
+    caps: list[float] = []
+
+    def solved(problem: Any, energy: Any, config: Any, time_caps_s: list[float]) -> list[Solution]:
+        caps.extend(time_caps_s)
+        return solve(problem, energy, config)
+
+    monkeypatch.setattr(f2pad, "solve", solved)
+    pictures = [grey_with(SQUARE), grey_with(), grey_with(SQUARE), grey_with(SQUARE), grey_with(SQUARE)]
+    answers = refine(GreyMethod(), *pictures, time_cap_s=1200, tiles_of=[7, 7, 7, 7, 8])
+    assert [answer.record.refined for answer in answers] == ["yes", "gate", "yes", "yes", "yes"]
+    assert sorted(caps) == [400, 400, 400, 1200]
 
 
 def test_nan_energy_is_that_pictures_error() -> None:

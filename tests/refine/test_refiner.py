@@ -18,6 +18,7 @@ from fettle.refine.facts import LighterScale, RefineFacts, stand_in_facts
 from fettle.refine.grabcut import have_opencv
 from fettle.refine.guided import guided_map
 from fettle.refine.refiner import REFINERS, Refiner, make_refiner
+from fettle.refine.settings import PRESETS
 from refine_toys import SIDE, SQUARE, GreyMethod, all_valid, grey_facts, grey_with
 
 FACTS = RefineFacts(
@@ -33,7 +34,7 @@ NAMES = [pytest.param(name, marks=needs_opencv if name == "grabcut" else ()) for
 
 
 def refiner(name: str, settings: Mapping[str, object] | None = None, **more: Any) -> Refiner:
-    of_f2pad = {} if name in ("blur", "guided") else {"time_cap_s": 1000, "snap": "off"}
+    of_f2pad = {"time_cap_s": 1000, "snap": "off"} if name in ("f2pad", "difference") else {}
     own = {**of_f2pad, **(settings or {})}
     return make_refiner(name, FACTS, grey_facts().references, settings=own, **more)
 
@@ -169,10 +170,67 @@ def test_an_unknown_field_is_refused_with_the_nearest() -> None:
         make_refiner("f2pad", FACTS, None, settings={"iter": 3})
 
 
-@pytest.mark.parametrize(("name", "field"), [("blur", "kappa"), ("guided", "iters"), ("difference", "iters")])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("blur", "kappa"),
+        ("guided", "iters"),
+        pytest.param("grabcut", "max_roi_share", marks=needs_opencv),
+        ("difference", "iters"),
+        ("difference", "eta"),
+    ],
+)
 def test_a_field_that_a_refiner_has_no_use_for_is_refused(name: str, field: str) -> None:
     with pytest.raises(UsageError, match=f"'{name}' takes no '{field}'"):
         make_refiner(name, FACTS, None, settings={field: 1})
+
+
+def test_presets_are_of_f2pad_and_of_its_difference() -> None:
+    assert make_refiner("f2pad", FACTS, None).config == PRESETS["compact"]
+    assert make_refiner("f2pad", FACTS, None, preset="default").config == PRESETS["default"]
+    assert make_refiner("difference", FACTS, None, preset="default").config.refs == 32
+    with pytest.raises(UsageError, match=r"no preset 'compakt'.*compact"):
+        make_refiner("f2pad", FACTS, None, preset="compakt")
+    with pytest.raises(UsageError, match="'blur' takes no preset"):
+        make_refiner("blur", FACTS, None, preset="default")
+
+
+def test_only_the_references_in_use_are_there_and_told() -> None:
+    kept = grey_facts().references
+    assert kept is not None
+    one = make_refiner("f2pad", FACTS, kept, settings={"refs": 1})
+    assert (
+        one.references is not None and len(one.references.pixels) == 1 and one.describe()["references"] == 1
+    )
+    assert make_refiner("f2pad", FACTS, kept).references is kept
+    none = make_refiner("f2pad", FACTS, kept, settings={"fill": "diffusion"})
+    assert none.references is None and none.describe()["references"] == 0
+
+
+def test_spectra_of_references_outlast_a_batch() -> None:
+    views, valid, base = pair()
+    made = refiner("f2pad", {"refs": 1})
+    made(GreyMethod(), views, valid, base, [True, True])  # type: ignore[arg-type]
+    assert made.references is not None and "spectra" in vars(made.references)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("broken", ["raises", "nan"])
+def test_a_picture_that_fails_keeps_its_map_and_others_go_on(name: str, broken: str) -> None:
+    def fail(z: Tensor, pictures: Tensor) -> Tensor:
+        marked = pictures[:, 0, 0, 0] > 0.9
+        if broken == "raises" and bool(marked.any()):
+            raise RuntimeError("the network broke\nat great length")
+        return z.masked_fill(marked[:, None, None], float("nan"))
+
+    views, valid, base = pair()
+    views[0, :, 0, 0] = 1
+    first, second = refiner(name)(GreyMethod(fail), views, valid, base, [True, True])  # type: ignore[arg-type]
+    assert (first.record.refined, first.record.applied, first.soft) == ("error", False, None)
+    said = {"raises": "RuntimeError: the network broke.", "nan": "The patch energy of this picture is NaN"}
+    assert first.record.error.startswith(said[broken])
+    assert torch.equal(first.anomaly_map, base[0])
+    assert second.record.refined == "yes"
 
 
 def test_grabcut_needs_opencv(monkeypatch: pytest.MonkeyPatch) -> None:

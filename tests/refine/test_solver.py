@@ -283,6 +283,20 @@ def test_time_cap_is_the_batchs_sum_and_never_interrupts() -> None:
     assert [solution.iterations for solution in found] == [5] * 3  # the first after 5 / 3 s a picture
 
 
+def test_windows_may_have_time_caps_of_their_own() -> None:
+    problem, energy = problem_of(*three())
+    seconds = itertools.count()
+    config = F2PADConfig(iters=12, stop_gain=0)
+    found = solve(problem, energy, config, [1.5, 1000, 0.2], clock=lambda: next(seconds))
+    assert [solution.stop for solution in found] == ["time_cap", "max_iter", "time_cap"]
+    assert found[2].iterations == 1 < found[0].iterations < found[1].iterations == 12
+
+
+def test_without_an_iteration_the_start_is_the_full_replacement() -> None:
+    plain, half = (solved(F2PADConfig(iters=0, start=start), grey_with(SQUARE)) for start in ("full", "half"))
+    assert torch.equal(plain[0].unknown, half[0].unknown) and bool(plain[0].unknown.max() == 1)
+
+
 def test_what_is_not_finite_stops_that_picture_only() -> None:
     def spoilt(z: Tensor, pictures: Tensor) -> Tensor:
         """NaN once a picture with a mark has lost some of its square."""

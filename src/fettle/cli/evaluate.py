@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from fettle.cli.console import Screen, print_json, print_table
-from fettle.cli.options import AsJson, Model, RefineAll, RefineSet, check_refine_options, parse_settings
+from fettle.cli.options import (
+    AsJson,
+    Model,
+    RefineAll,
+    RefinePreset,
+    RefineSet,
+    check_refine_options,
+    make_refiner,
+)
 from fettle.cli.runs import add_or_refuse, open_run
 from fettle.errors import UsageError, nearest_name
 
@@ -67,13 +75,14 @@ def evaluate(
         ),
     ] = None,
     refine_all: RefineAll = False,
+    refine_preset: RefinePreset = None,
     refine_set: RefineSet = None,
     as_json: AsJson = False,
 ) -> None:
     """Metrics on labelled pictures that the model has not learnt from."""
     from fettle.detector import Detector
 
-    check_refine_options(refine or "none", refine_all, refine_set)
+    check_refine_options(refine or "none", refine_all, refine_preset, refine_set)
     if explain and out is None:
         raise UsageError("--explain draws into a run folder, and there is none.", "Name one with -o.")
     with Screen() as screen:
@@ -85,11 +94,7 @@ def evaluate(
             product,
             screen,
             explain=explain,
-            refiner=detector.refiner(
-                refine or "none",
-                everything=refine_all,
-                settings=parse_settings(refine_set or [], "--refine-set"),
-            ),
+            refiner=make_refiner(detector, refine or "none", refine_all, refine_preset, refine_set),
             boundaries=refine is not None,
         )
     if as_json:

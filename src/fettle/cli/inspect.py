@@ -14,11 +14,12 @@ from fettle.cli.options import (
     Out,
     Refine,
     RefineAll,
+    RefinePreset,
     RefineSet,
     check_choice,
     check_refine_options,
+    make_refiner,
     parse_names,
-    parse_settings,
 )
 from fettle.cli.runs import add_or_refuse, leave_out_own, open_run
 from fettle.protocols import Json
@@ -39,6 +40,7 @@ def inspect(
     min_area: Annotated[int, typer.Option(min=1, help="Smaller regions are left out, px.")] = 1,
     refine: Refine = "none",
     refine_all: RefineAll = False,
+    refine_preset: RefinePreset = None,
     refine_set: RefineSet = None,
     contours: Annotated[
         str | None,
@@ -54,15 +56,13 @@ def inspect(
     from fettle.detector import Detector, Inspected
     from fettle.report.contours import FORMATS, ContourWriter
 
-    check_refine_options(refine, refine_all, refine_set)
+    check_refine_options(refine, refine_all, refine_preset, refine_set)
     formats = parse_names(contours)
     for name in formats:
         check_choice("contours", name, FORMATS)
     pictures = list_pictures(paths)
     detector = Detector.load(model)
-    refiner = detector.refiner(
-        refine, everything=refine_all, settings=parse_settings(refine_set or [], "--refine-set")
-    )
+    refiner = make_refiner(detector, refine, refine_all, refine_preset, refine_set)
     share = RunningShare(detector.calibration_of(product))
     rules = RegionRules(min_area_px=min_area, mm_per_pixel=mm_per_pixel)
     with (

@@ -6,11 +6,15 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fettle.errors import UsageError, nearest_name
+
+if TYPE_CHECKING:
+    from fettle.detector import Detector
+    from fettle.refine.refiner import Refiner
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, no words.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
@@ -19,6 +23,13 @@ RefineAll = Annotated[bool, typer.Option("--refine-all", help="Refine pictures w
 RefineSet = Annotated[
     list[str] | None,
     typer.Option("--refine-set", metavar="FIELD=VALUE", help="A field of F2PAD to change; may come again."),
+]
+RefinePreset = Annotated[
+    str | None,
+    typer.Option(
+        "--refine-preset",
+        help="Of F2PAD: compact, or default with more iterations and good pictures to fill from. [compact]",
+    ),
 ]
 Model = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit' or 'fettle export'.")]
 
@@ -110,10 +121,23 @@ def check_model_out(out: Path) -> None:
         raise UsageError(f"The folder '{out}' cannot be written: '{nearest}' does not let it.", _ANOTHER)
 
 
-def check_refine_options(refine: str, everything: bool, settings: list[str] | None) -> None:
+def make_refiner(
+    detector: Detector, refine: str, everything: bool, preset: str | None, settings: list[str] | None
+) -> Refiner | None:
+    """What the options ask for; None for "none". Raises UsageError, see `Detector.refiner`."""
+    return detector.refiner(
+        refine, everything=everything, preset=preset, settings=parse_settings(settings or [], "--refine-set")
+    )
+
+
+def check_refine_options(
+    refine: str, everything: bool, preset: str | None, settings: list[str] | None
+) -> None:
     """Refuse options of a refiner where there is none. Raises UsageError."""
-    if refine == "none" and (everything or settings):
-        raise UsageError("--refine-all and --refine-set are of a refiner.", "Add --refine f2pad.")
+    if refine == "none" and (everything or preset or settings):
+        raise UsageError(
+            "--refine-all, --refine-preset and --refine-set are of a refiner.", "Add --refine f2pad."
+        )
 
 
 _ANOTHER = "Name another folder with -o."

@@ -56,7 +56,7 @@ class Refined(NamedTuple):
 
 @dataclass
 class Case:
-    """One picture on its way: what is known of it so far."""
+    """One picture, or tile of one, on its way: what is known of it so far."""
 
     view: Tensor  # (3, H, W)
     valid: Tensor  # (H, W)
@@ -68,6 +68,9 @@ class Case:
     told: dict[str, object] = field(default_factory=dict)  # fields of the record
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    seconds_fill: float = 0.0
+    picture: int = 0  # which it is of, or a tile of
+    time_cap_s: float = 0.0  # of its iterations
     result: tuple[Tensor, Tensor, Tensor] | None = None  # map, soft, speaks
 
     def end(self, state: State, gate_reason: GateReason | None = None, error: str = "") -> None:
@@ -92,6 +95,7 @@ class Case:
                 "refined": self.state,
                 "applied": self.result is not None,
                 "seconds": self.seconds,
+                "seconds_fill": self.seconds_fill,
                 "notes": tuple(self.notes),
             }
         )

@@ -8,6 +8,7 @@ specification.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fettle.errors import FettleError, UsageError
+from fettle.errors import UsageError
 from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import Method
 from fettle.refine.case import Case, GoodFacts, Refined
@@ -24,7 +25,7 @@ from fettle.refine.energy import Box, WindowEnergy, crop_step, hinged
 from fettle.refine.filling import fill_window, usable_references
 from fettle.refine.finish import finish
 from fettle.refine.grabcut import have_opencv
-from fettle.refine.record import finite
+from fettle.refine.record import NOT_FINITE, finite, in_one_line
 from fettle.refine.roi import Roi, crop_box, find_roi, of_mask, widened
 from fettle.refine.settings import F2PADConfig, Lengths
 from fettle.refine.solver import Problem, solve
@@ -46,6 +47,7 @@ def refine_f2pad(
     config: F2PADConfig,
     *,
     chosen: Sequence[bool],
+    pictures: Sequence[int] | None = None,
 ) -> list[Refined]:
     """Refine maps of framed pictures. Scores and verdicts are not touched: this says where, not whether.
 
@@ -54,6 +56,8 @@ def refine_f2pad(
     Args:
         views: (B, 3, H, W) in 0..1. valid: (B, 1, H, W) bool. base_maps: (B, H, W), the method's own.
         chosen: which pictures to refine; the others get the state "gate", reason "verdict_ok".
+        pictures: numbers of the pictures that views are tiles of: such tiles share one picture's time cap.
+            None: each view is a picture.
 
     Raises:
         UsageError: `snap` is "always" and OpenCV is not installed, or numbers of pictures differ.
@@ -67,7 +71,9 @@ def refine_f2pad(
             Case(view.detach().clone().float(), inside[0].clone(), base.detach().clone())
             for view, inside, base in zip(views, valid, base_maps, strict=True)
         ]
-        for case, wanted in zip(cases, chosen, strict=True):
+        numbers = range(len(cases)) if pictures is None else pictures
+        for case, wanted, number in zip(cases, chosen, numbers, strict=True):
+            case.picture = number
             if not wanted:
                 case.end("gate", "verdict_ok")
             elif facts.flat:
@@ -95,7 +101,8 @@ class _Refinement:
         self.device = device
         self.lengths = Lengths(config, *self.frame)
         self.step = crop_step(method)
-        self.references = usable_references(facts.references, config, device)
+        usable = usable_references(facts.references, config)
+        self.references = None if usable is None else usable.to(device)
         self.noise_floor = _DEFAULT_NOISE_FLOOR if facts.noise_floor is None else facts.noise_floor
 
     def run(self, cases: list[Case]) -> None:
@@ -103,6 +110,9 @@ class _Refinement:
             case.told["form"] = self.config.form
         self._each(cases, self._look)
         self._each(cases, self._check_crop)
+        tiles = Counter(case.picture for case in cases if case.state is None)
+        for case in cases:
+            case.time_cap_s = self.config.time_cap_s / max(tiles[case.picture], 1)
         self._each(cases, self._optimise)
 
     def _each(self, cases: Sequence[Case], work: Callable[[list[Case]], None]) -> None:
@@ -127,7 +137,7 @@ class _Refinement:
             work([case])
         except Exception as error:
             case.result = None
-            case.end("error", error=_sentence(error))
+            case.end("error", error=in_one_line(error))
 
     def _batches(self, cases: list[Case]) -> Iterator[list[Case]]:
         """By window size, as many as fit the caches (section 9)."""
@@ -160,7 +170,7 @@ class _Refinement:
             if not with_gradient.requires_grad:
                 case.end("gate", "no_gradient")
             elif not bool(energy[inside].isfinite().all()):
-                case.end("error", error="The patch energy of this picture is NaN or infinite.")
+                case.end("error", error=NOT_FINITE)
             elif float(hinged(energy[inside], self.config.kappa).sum()) <= 0:
                 case.end("gate", "energy_below_hinge")
             else:
@@ -254,7 +264,7 @@ class _Refinement:
         if not keep:
             return
         energy, kept = energy.rows(keep), [cases[row] for row in keep]
-        solutions = solve(problem, energy, self.config)
+        solutions = solve(problem, energy, self.config, [case.time_cap_s for case in kept])
         with torch.no_grad():
             for row, (case, solution) in enumerate(zip(kept, solutions, strict=True)):
                 if solution.stop == "not_finite":
@@ -284,6 +294,7 @@ class _Refinement:
         strange = after_fill > _MAX_FILL_ENERGY * before
         for row in strange.nonzero()[:, 0].tolist():
             if cases[row].told["fill"] == "exemplar":  # what surrounds the region may fill it better
+                cases[row].note("A fill from good pictures was found as strange as the region.")
                 other = self._fill(cases[row], *windows[row], diffusion=True)
                 filled[row], after_fill[row] = other, energy.rows([row])(other[None])[0]
         difference = (picture - filled) * roi
@@ -320,13 +331,6 @@ class _Refinement:
             ring=self.lengths.ring,
             turn=self.config.turn,
         )
-        case.told |= {"fill": kind, "seconds_fill": time.perf_counter() - start}
+        case.told["fill"] = kind
+        case.seconds_fill += time.perf_counter() - start
         return pixels
-
-
-def _sentence(error: Exception) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, FettleError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no words with it'}."

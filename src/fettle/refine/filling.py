@@ -11,15 +11,13 @@ from fettle.refine.references import References
 from fettle.refine.settings import F2PADConfig
 
 
-def usable_references(
-    references: References | None, config: F2PADConfig, device: torch.device
-) -> References | None:
-    """The first `refs` of those that a model keeps, on the device; None: fill by diffusion."""
+def usable_references(references: References | None, config: F2PADConfig) -> References | None:
+    """The first `refs` of those that a model keeps; None: fill by diffusion."""
     if references is None or config.fill == "diffusion" or not config.refs:
         return None
-    if len(references.pixels) > config.refs:
-        references = References(references.pixels[: config.refs], references.valid[: config.refs])
-    return references if references.pixels.device == device else references.to(device)
+    if len(references.pixels) <= config.refs:
+        return references
+    return References(references.pixels[: config.refs], references.valid[: config.refs])
 
 
 @torch.no_grad()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from fettle.errors import FettleError
 from fettle.protocols import Json
 
 State = Literal["yes", "accepted_part", "empty_roi", "gate", "time_cap", "adversarial", "error"]
+NOT_FINITE = "The patch energy of this picture is NaN or infinite."
 MaskSource = Literal["solver", "difference", "solver_snap", "difference_snap"]
 GateReason = Literal[
     "verdict_ok",
@@ -96,6 +99,53 @@ class RefineRecord(BaseModel):
     def to_json(self) -> dict[str, Json]:
         """Plain facts by name."""
         return self.model_dump(mode="json")
+
+
+_REFUSED: tuple[State, ...] = ("error", "time_cap", "adversarial", "gate", "empty_roi")  # what is told first
+
+
+def joined(records: Sequence[RefineRecord]) -> RefineRecord:
+    """One record of a picture in tiles, from those of its tiles, the strangest tile first.
+
+    "yes": all tiles that have a region were refined whole; "accepted_part": some of them, or in part;
+    "time_cap": besides, the time ended the iterations of one. Where none was refined, the first of error,
+    time_cap, adversarial, gate and empty_roi that one has. Pixels, components, iterations and seconds are of
+    all tiles, the rest of the first tile that was refined, or is in the state told.
+    """
+    if len(records) == 1:
+        return records[0]
+    applied = [record for record in records if record.applied]
+    if applied:
+        first = applied[0]
+        states = {record.refined for record in records}
+        state: State = "yes" if states <= {"yes", "empty_roi"} else "accepted_part"
+        if "time_cap" in states:
+            state = "time_cap"
+    else:
+        first = min(records, key=lambda record: _REFUSED.index(record.refined))
+        state = first.refined
+    notes = [note for record in records for note in (*record.notes, record.error) if note]
+    if applied:
+        notes.append(f"{len(applied)} of {len(records)} tiles were refined.")
+    return first.model_copy(
+        update={
+            "refined": state,
+            "roi_pixels": sum(record.roi_pixels for record in records),
+            "components": tuple(part for record in records for part in record.components),
+            "iterations": sum(record.iterations for record in records),
+            "seconds": sum(record.seconds for record in records),
+            "seconds_fill": sum(record.seconds_fill for record in records),
+            "notes": tuple(dict.fromkeys(notes)),
+        }
+    )
+
+
+def in_one_line(error: Exception) -> str:
+    """What went wrong."""
+    if isinstance(error, FettleError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no words with it'}."
 
 
 def finite(value: float) -> float | None:

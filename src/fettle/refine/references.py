@@ -63,6 +63,9 @@ class References:
         return {"pixels": self.pixels.contiguous(), "valid": self.valid.contiguous()}
 
     def to(self, device: torch.device | str) -> References:
+        """There; itself, with what was computed once, where it is there already."""
+        if self.pixels.device == torch.device(device):
+            return self
         return References(self.pixels.to(device), self.valid.to(device))
 
     @property

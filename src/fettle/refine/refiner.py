@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,23 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fettle.errors import UsageError, nearest_name
-from fettle.layers.pixel_map import pixel_map
+from fettle.errors import DataError, UsageError, nearest_name
+from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import Json, Method
 from fettle.refine.blur import light_blur
 from fettle.refine.energy import Box
 from fettle.refine.f2pad import Refined, refine_f2pad
 from fettle.refine.facts import RefineFacts
+from fettle.refine.filling import usable_references
 from fettle.refine.grabcut import grabcut_of_map, have_opencv
 from fettle.refine.guided import guided_map
 from fettle.refine.readout import refined_map
-from fettle.refine.record import RefineRecord
+from fettle.refine.record import NOT_FINITE, RefineRecord, in_one_line
 from fettle.refine.references import References
 from fettle.refine.roi import crop_box, find_roi
-from fettle.refine.settings import F2PADConfig, Lengths, make_f2pad_config
+from fettle.refine.settings import OF_THE_SOLVER, F2PADConfig, Lengths, make_f2pad_config
 
 RefinerName = Literal["blur", "guided", "grabcut", "difference", "f2pad"]
 REFINERS: tuple[RefinerName, ...] = get_args(RefinerName)
+_FIELDS: Mapping[str, Collection[str]] = {  # that each reads; f2pad reads all
+    "blur": (),
+    "guided": (),
+    "grabcut": ("roi_low", "roi_rel", "roi_dilate", "crop_margin", "crop_side"),
+    "difference": set(F2PADConfig.model_fields) - OF_THE_SOLVER,
+}
 _STEP = 16  # px that a window of GrabCut starts at a multiple of
 
 
@@ -38,7 +45,7 @@ class Refiner:
     Attributes:
         name: "blur" and "guided" are the method's own map with less blur, or filtered along the picture's
             edges; "grabcut" cuts by colours, seeded by the map; "difference" is F2PAD without an iteration.
-        facts, references: of good pictures.
+        facts, references: of good pictures; F2PAD fills from all of these references.
         config: of F2PAD. everything: pictures whose verdict is ok, too.
     """
 
@@ -49,16 +56,25 @@ class Refiner:
     everything: bool = False
 
     def __call__(
-        self, method: Method, views: Tensor, valid: Tensor, base_maps: Tensor, chosen: Sequence[bool]
+        self,
+        method: Method,
+        views: Tensor,
+        valid: Tensor,
+        base_maps: Tensor,
+        chosen: Sequence[bool],
+        pictures: Sequence[int] | None = None,
     ) -> list[Refined]:
-        """Refine the chosen ones.
+        """Refine the chosen ones. Whatever goes wrong with one is its record's, and its base map stands.
 
         Args:
             views: (B, 3, H, W) in 0..1. valid: (B, 1, H, W) bool. base_maps: (B, H, W), the method's own.
+            pictures: see `refine_f2pad`.
         """
         if self.name in ("f2pad", "difference"):
             facts = self.facts.with_references(self.references)
-            return refine_f2pad(method, views, valid, base_maps, facts, self.config, chosen=chosen)
+            return refine_f2pad(
+                method, views, valid, base_maps, facts, self.config, chosen=chosen, pictures=pictures
+            )
         rows = zip(views, valid, base_maps, chosen, strict=True)
         return [self._one(method, *(part[None] for part in row[:3]), chosen=row[3]) for row in rows]
 
@@ -67,22 +83,24 @@ class Refiner:
         if not chosen:
             return Refined(base[0], None, None, RefineRecord(refined="gate", gate_reason="verdict_ok"))
         start = time.perf_counter()
-        z = method.patch_energy(view, valid).float()
-        refined = (
-            self._cut(z, view, valid, base)
-            if self.name == "grabcut"
-            else Refined(self._lighter(z, view, valid), None, None, RefineRecord(refined="yes", applied=True))
-        )
+        try:
+            z = method.patch_energy(view, valid).float()
+            if not bool(z[valid_tokens(valid, (z.shape[-2], z.shape[-1]))].isfinite().all()):
+                raise DataError(NOT_FINITE, "Look at its pixels.")
+            refined = (self._cut if self.name == "grabcut" else self._lighter)(z, view, valid, base)
+        except Exception as error:
+            refined = Refined(base[0], None, None, RefineRecord(refined="error", error=in_one_line(error)))
         seconds = {"seconds": time.perf_counter() - start}
         return refined._replace(record=refined.record.model_copy(update=seconds))
 
-    def _lighter(self, z: Tensor, view: Tensor, valid: Tensor) -> Tensor:
-        """The map with less blur in the base map's unit, (H, W), 0 where not valid."""
+    def _lighter(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor) -> Refined:
+        """The map with less blur, in the base map's unit."""
         if self.name == "guided":
             scale, found = self.facts.lighter["guided"], guided_map(z, view, valid)
         else:
             scale, found = self.facts.lighter["blur"], light_blur(z, valid)
-        return torch.where(valid[0, 0], scale.factor * found[0] + scale.offset, 0)
+        lighter = torch.where(valid[0, 0], scale.factor * found[0] + scale.offset, 0)
+        return Refined(lighter, None, None, RefineRecord(refined="yes", applied=True))
 
     def _cut(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor) -> Refined:
         height, width = view.shape[-2:]
@@ -137,25 +155,27 @@ def make_refiner(
     references: References | None,
     *,
     everything: bool = False,
-    preset: str = "compact",
+    preset: str | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Refiner:
     """A refiner of this name.
 
     Raises:
-        UsageError: no such name, or OpenCV is not installed and it needs that.
+        UsageError: no such name or preset, one that this refiner does not take, or OpenCV is not installed
+            and it needs that.
         ConfigError: a setting that F2PAD does not have, or a value that it does not take.
     """
     if name not in REFINERS:
         raise UsageError(f"There is no refiner '{name}'.", nearest_name(name, ("none", *REFINERS)))
     if name == "grabcut" and not have_opencv():
         raise UsageError("GrabCut needs OpenCV, which is not installed.", "Run pip install 'fettle[refine]'.")
-    fixed = {"blur": tuple(settings or ()), "guided": tuple(settings or ()), "difference": ("iters",)}
+    config = make_f2pad_config(preset or "compact", settings or {})
+    if preset and name not in ("f2pad", "difference"):
+        raise UsageError(f"The refiner '{name}' takes no preset.", "It is of f2pad and difference.")
     for field in settings or {}:
-        if field in fixed.get(name, ()):
+        if field not in _FIELDS.get(name, F2PADConfig.model_fields):
             raise UsageError(f"The refiner '{name}' takes no '{field}'.", "It is a field of f2pad.")
-    config = make_f2pad_config(preset, settings or {})
     if name == "difference":
         config = config.model_copy(update={"iters": 0})
     own = next(known for known in REFINERS if known == name)
-    return Refiner(own, facts, references, config, everything)
+    return Refiner(own, facts, usable_references(references, config), config, everything)

@@ -120,6 +120,14 @@ class F2PADConfig(BaseModel):
         return self
 
 
+OF_THE_SOLVER = frozenset(
+    {
+        *("form", "sparsity", "lambda2", "start", "iters", "stop_gain", "eta", "eta_free", "step"),
+        *("momentum", "scale_decay", "share", "share_window", "share_contrast", "share_sigmas"),
+    }
+)
+"""Fields without a meaning where no iteration is made."""
+
 PRESETS: dict[str, F2PADConfig] = {
     "default": F2PADConfig(),
     "compact": F2PADConfig(iters=8, share_window=5, max_roi_share=0.25, refs=16, time_cap_s=3),

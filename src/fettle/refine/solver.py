@@ -119,15 +119,20 @@ def solve(
     problem: Problem,
     energy: WindowEnergy,
     config: F2PADConfig,
+    time_caps_s: Sequence[float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Solution]:
     """Minimise J for each window. A window that has stopped leaves the batch.
 
     Call it with gradients enabled. The answer is the best of all iterates, of nothing removed and of
-    everything replaced; with `iters` 0 it is the start.
+    everything replaced; with `iters` 0 it is the full replacement.
+
+    Args:
+        time_caps_s: wall time after which each window's iterations end, s; None: the configuration's.
     """
     objective = Objective(problem, config)
     live = list(range(len(problem.picture)))
+    caps = [config.time_cap_s] * len(live) if time_caps_s is None else time_caps_s
     found: dict[int, Solution] = {}
     state = _start(problem, objective, config)
     sharing = make_sharing(config, problem.picture, problem.roi)
@@ -138,7 +143,8 @@ def solve(
         last = t == config.iters
         absolute, gradient, smooth = objective.evaluate(state.unknown, energy, with_gradient=not last)
         state = _keep_best(state, objective, absolute, smooth)
-        stops = _stops(state, gradient, t, config, out_of_time=t > 0 and spent >= config.time_cap_s)
+        late = [t > 0 and spent >= caps[number] for number in live]
+        stops = _stops(state, gradient, t, config, late)
         for row, number in enumerate(live):
             stop = stops[row]
             if stop is not None:
@@ -226,7 +232,7 @@ class Objective:
 
 def _start(problem: Problem, objective: Objective, config: F2PADConfig) -> _State:
     full = problem.difference if objective.free else problem.roi
-    unknown = _START[config.start] * full
+    unknown = _START[config.start if config.iters else "full"] * full
     count = len(unknown)
     best, best_objective, best_energy = unknown, unknown.new_full((count,), math.inf), problem.before
     if config.iters:  # nothing removed, and everything replaced, are candidates too
@@ -254,19 +260,19 @@ def _keep_best(state: _State, objective: Objective, absolute: Tensor, smooth: Te
 
 
 def _stops(
-    state: _State, gradient: Tensor, t: int, config: F2PADConfig, *, out_of_time: bool
+    state: _State, gradient: Tensor, t: int, config: F2PADConfig, out_of_time: Sequence[bool]
 ) -> list[Stop | None]:
     """Why each picture makes no further step; None: it goes on."""
     finite = state.history[:, -1].isfinite() & gradient.flatten(1).isfinite().all(dim=1)
     settled = torch.zeros_like(finite)
     if t >= _FIRST_CHECK:
         settled = state.history[:, t - _LOOK_BACK] - state.history[:, t] < config.stop_gain
-    late: Stop | None = "time_cap" if out_of_time else None
+    ends: list[Stop | None] = ["time_cap" if late else None for late in out_of_time]
     if t == config.iters:
-        late, settled = "max_iter", torch.zeros_like(settled)
+        ends, settled = ["max_iter"] * len(ends), torch.zeros_like(settled)
     return [
-        "not_finite" if not is_finite else "converged" if is_settled else late
-        for is_finite, is_settled in zip(finite.tolist(), settled.tolist(), strict=True)
+        "not_finite" if not is_finite else "converged" if is_settled else end
+        for is_finite, is_settled, end in zip(finite.tolist(), settled.tolist(), ends, strict=True)
     ]
 
 
