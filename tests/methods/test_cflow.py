@@ -20,7 +20,10 @@ from fettle.errors import ConfigError, DataError, UsageError
 from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity, tempered
 from fettle.methods.registry import make_config
 from fettle.protocols import BackboneSpec, Batch, Crops, FeatureBatch, Finishes, Level, Run, Step, Trained
+from fettle.refine.settings import F2PADConfig
+from fettle.refine.solver import solve
 from fettle.training import learning_rate, planned_steps
+from refine_toys import SQUARE, GreyMethod, grey_with, problem_of, square_of
 
 PAPER = cast(CflowConfig, Cflow.presets["paper"].config)
 SMALL: dict[str, object] = {"code": 8, "blocks": 2, "fibres": 64}
@@ -338,6 +341,28 @@ def test_tempered_energies_are_bounded_and_keep_their_order() -> None:
     torch.testing.assert_close(tempered(z), expected)
     near = torch.tensor([-1e-3, 1e-3])
     torch.testing.assert_close(tempered(near), near, rtol=1e-3, atol=0)  # it joins on with slope 1
+
+
+def test_tempered_energies_have_a_slope_everywhere_and_the_same_values_with_it() -> None:
+    plain = torch.tensor([-3.0, 0.0, 0.5, 4.0, 100.0, 1e7, torch.inf])
+    z = plain.clone().requires_grad_()
+    found = tempered(z)
+    assert torch.equal(found, tempered(plain))
+    found.sum().backward()
+    assert z.grad is not None
+    expected = torch.tensor([1.0, 1.0, 1 / 1.25, 1 / 3, 1 / 51, 2 / (1e7 + 2)])
+    torch.testing.assert_close(z.grad[:-1], expected)
+
+
+@pytest.mark.parametrize("loud", [2, 10, 1000])
+def test_a_mask_comes_back_from_nothing_where_energies_are_loud(loud: float) -> None:
+    """From the full replacement the first step takes all of the mask away: where the energy is bounded,
+    the bound's own slope is next to nothing there."""
+    method = GreyMethod(lambda z, _: tempered(loud * z))
+    problem, energy = problem_of(grey_with(SQUARE), method=method)
+    (solution,) = solve(problem, energy, F2PADConfig(time_cap_s=1000))
+    assert solution.objective < 0.3 * solution.objective_start
+    assert torch.equal(solution.unknown[0] > 0.5, square_of(SQUARE))
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ _STRIDES = (8, 16, 32)
 _MORE = 4  # stride taken besides, where a pyramid has fewer than two of these
 _LEAST_DEVIATION = 1e-3  # of a channel, times that of the level's liveliest
 _MAX_ENERGIES = 1_000_000  # of a level, from which its scale is set
+_LOUDEST = 1e30  # more counts as this, so that no difference is of infinities
 _MOST = 2.0  # of a level's tempered energy; a rare good feature, settled at 1, has 0.79
 
 Origins = Sequence[tuple[int, int]]
@@ -408,5 +409,13 @@ def tempered(settled: Tensor) -> Tensor:
 
     Far from what it has learnt a flow's scales multiply from block to block, and energies of a million are
     common. Without a bound the coarsest level's one loud cell would be all that a mean over levels shows.
+
+    Its gradient is that of 2 log(1 + z / 2), which joins on as smoothly and has a slope everywhere: the
+    bound's own would leave an optimisation no way out of a loud cell.
     """
-    return torch.where(settled > 0, -_MOST * torch.expm1(-settled.clamp_min(0) / _MOST), settled)
+    above = settled.clamp(0, _LOUDEST)
+    bounded = torch.where(settled > 0, -_MOST * torch.expm1(-above / _MOST), settled)
+    if not bounded.requires_grad:
+        return bounded
+    sloped = torch.where(settled > 0, _MOST * torch.log1p(above / _MOST), settled)
+    return bounded.detach() + (sloped - sloped.detach())
