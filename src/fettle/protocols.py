@@ -322,6 +322,18 @@ class Crops(Protocol):
 
 
 @runtime_checkable
+class Unbounded(Protocol):
+    """A method whose patch energy is bounded, for its map's sake, and which has one without a bound."""
+
+    def unbounded_energy(
+        self, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """As `patch_energy`, or `Crops.crop_energy` where origins are given, but it grows with what is
+        strange however strange it is: an optimisation needs its slope."""
+        ...
+
+
+@runtime_checkable
 class Remarks(Protocol):
     """A method that has something to say of each picture that it judged."""
 

@@ -17,7 +17,7 @@ from conftest import textured, write_good
 from fettle.backbones.registry import find_entry
 from fettle.detector import Detector
 from fettle.errors import ConfigError, DataError, UsageError
-from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity, tempered
+from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity, slowed, tempered
 from fettle.methods.registry import make_config
 from fettle.protocols import BackboneSpec, Batch, Crops, FeatureBatch, Finishes, Level, Run, Step, Trained
 from fettle.refine.settings import F2PADConfig
@@ -343,22 +343,32 @@ def test_tempered_energies_are_bounded_and_keep_their_order() -> None:
     torch.testing.assert_close(tempered(near), near, rtol=1e-3, atol=0)  # it joins on with slope 1
 
 
-def test_tempered_energies_have_a_slope_everywhere_and_the_same_values_with_it() -> None:
-    plain = torch.tensor([-3.0, 0.0, 0.5, 4.0, 100.0, 1e7, torch.inf])
-    z = plain.clone().requires_grad_()
-    found = tempered(z)
-    assert torch.equal(found, tempered(plain))
-    found.sum().backward()
+def test_slowed_energies_join_on_grow_and_have_a_slope_everywhere() -> None:
+    z = torch.tensor([-3.0, 0.0, 1.0, 100.0, 1e7, 1e38], requires_grad=True)
+    found = slowed(z)
+    expected = torch.tensor([-3.0, 0.0, math.log(2), math.log(101), math.log(1e7), math.log(1e30)])
+    torch.testing.assert_close(found, expected)
+    found[:-1].sum().backward()
     assert z.grad is not None
-    expected = torch.tensor([1.0, 1.0, 1 / 1.25, 1 / 3, 1 / 51, 2 / (1e7 + 2)])
-    torch.testing.assert_close(z.grad[:-1], expected)
+    torch.testing.assert_close(z.grad[:-1], torch.tensor([1.0, 1.0, 0.5, 1 / 101, 1e-7]))
+    assert bool(slowed(torch.tensor(torch.inf)).isfinite())
 
 
-@pytest.mark.parametrize("loud", [2, 10, 1000])
+def test_energies_without_a_bound_are_those_of_the_map_where_nothing_is_loud() -> None:
+    method = prepared()
+    views = pictures(3)
+    for density in method.densities:
+        scale = cast(LevelDensity, density).scale
+        scale.rare = scale.median + 1e4
+    quiet = method.patch_energy(views, all_valid(views))
+    torch.testing.assert_close(method.unbounded_energy(views, all_valid(views)), quiet, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loud", [2, 10, 50])
 def test_a_mask_comes_back_from_nothing_where_energies_are_loud(loud: float) -> None:
-    """From the full replacement the first step takes all of the mask away: where the energy is bounded,
-    the bound's own slope is next to nothing there."""
-    method = GreyMethod(lambda z, _: tempered(loud * z))
+    """From the full replacement the first step takes all of the mask away, and the slope at a bound is next
+    to nothing there."""
+    method = GreyMethod(lambda z, _: slowed(loud * z))
     problem, energy = problem_of(grey_with(SQUARE), method=method)
     (solution,) = solve(problem, energy, F2PADConfig(time_cap_s=1000))
     assert solution.objective < 0.3 * solution.objective_start

@@ -8,7 +8,7 @@ on the finest grid. Sections named in comments are those of the base methods' sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -46,7 +46,7 @@ _STRIDES = (8, 16, 32)
 _MORE = 4  # stride taken besides, where a pyramid has fewer than two of these
 _LEAST_DEVIATION = 1e-3  # of a channel, times that of the level's liveliest
 _MAX_ENERGIES = 1_000_000  # of a level, from which its scale is set
-_LOUDEST = 1e30  # more counts as this, so that no difference is of infinities
+_LOUDEST = 1e30  # more counts as this, so that no energy is infinite
 _MOST = 2.0  # of a level's tempered energy; a rare good feature, settled at 1, has 0.79
 
 Origins = Sequence[tuple[int, int]]
@@ -325,7 +325,7 @@ class Cflow(nn.Module):
     def forward(self, pictures: Tensor, valid: Tensor) -> Maps:
         energies = self._energies(pictures, valid)
         if self.config.score_form == "nll":
-            anomaly_map = pixel_map(self._joined(energies, valid), valid, self.config.sigma)
+            anomaly_map = pixel_map(self._joined(energies, valid, tempered), valid, self.config.sigma)
         else:
             anomaly_map = self._improbability(energies, valid)
         inside = anomaly_map.masked_fill(~valid[:, 0], -torch.inf)
@@ -333,7 +333,13 @@ class Cflow(nn.Module):
 
     def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """(B, h, w): the joined energies of the levels on the stored scale (section 7)."""
-        energy: Tensor = self.scale(self._joined(self._energies(pictures, valid), valid))
+        energy: Tensor = self.scale(self._joined(self._energies(pictures, valid), valid, tempered))
+        return energy
+
+    def unbounded_energy(self, pictures: Tensor, valid: Tensor, origins: Origins | None = None) -> Tensor:
+        """The same of energies that are slowed instead of bounded, see `protocols.Unbounded`."""
+        joined = self._joined(self._energies(pictures, valid, origins), valid, slowed)
+        energy: Tensor = self.scale(joined)
         return energy
 
     def crop_energy(self, pictures: Tensor, valid: Tensor, origins: Origins) -> Tensor:
@@ -344,7 +350,7 @@ class Cflow(nn.Module):
         Raises:
             ConfigError: an origin that is no multiple of every stride, or a part that leaves the frame.
         """
-        joined = self._joined(self._energies(pictures, valid, origins), valid)
+        joined = self._joined(self._energies(pictures, valid, origins), valid, tempered)
         energy: Tensor = self.scale(joined)
         return energy
 
@@ -359,10 +365,13 @@ class Cflow(nn.Module):
             energies.append(-likelihood.view(own.shape[:3]))
         return energies
 
-    def _joined(self, energies: Sequence[Tensor], valid: Tensor) -> Tensor:
-        """Mean over the levels, each on its scale and on the finest grid: (B, h, w), 0 where not valid."""
+    def _joined(self, energies: Sequence[Tensor], valid: Tensor, damp: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean over the levels, each on its scale, damped, and on the finest grid.
+
+        (B, h, w), 0 where not valid.
+        """
         inside = valid_on_grid(energies[0], valid)[:, None]
-        scaled = [tempered(density.scale(energies[number])) for number, _, density in self._by_level()]
+        scaled = [damp(density.scale(energies[number])) for number, _, density in self._by_level()]
         return torch.stack([pixel_map(one, inside, sigma=0) for one in scaled]).mean(dim=0)
 
     def _improbability(self, energies: Sequence[Tensor], valid: Tensor) -> Tensor:
@@ -409,13 +418,10 @@ def tempered(settled: Tensor) -> Tensor:
 
     Far from what it has learnt a flow's scales multiply from block to block, and energies of a million are
     common. Without a bound the coarsest level's one loud cell would be all that a mean over levels shows.
-
-    Its gradient is that of 2 log(1 + z / 2), which joins on as smoothly and has a slope everywhere: the
-    bound's own would leave an optimisation no way out of a loud cell.
     """
-    above = settled.clamp(0, _LOUDEST)
-    bounded = torch.where(settled > 0, -_MOST * torch.expm1(-above / _MOST), settled)
-    if not bounded.requires_grad:
-        return bounded
-    sloped = torch.where(settled > 0, _MOST * torch.log1p(above / _MOST), settled)
-    return bounded.detach() + (sloped - sloped.detach())
+    return torch.where(settled > 0, -_MOST * torch.expm1(-settled.clamp_min(0) / _MOST), settled)
+
+
+def slowed(settled: Tensor) -> Tensor:
+    """A level's settled energies, above 0 as log(1 + z): what is loud stays louder, and has a slope."""
+    return torch.where(settled > 0, torch.log1p(settled.clamp(0, _LOUDEST)), settled)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fettle.layers.pixel_map import valid_tokens
-from fettle.protocols import Crops, Method
+from fettle.protocols import Crops, Method, Unbounded
 
 
 class Box(NamedTuple):
@@ -34,6 +34,19 @@ class Box(NamedTuple):
 def hinged(energy: Tensor, kappa: float | None) -> Tensor:
     """max(0, z - kappa); z itself without a hinge (section 3)."""
     return energy if kappa is None else (energy - kappa).clamp_min(0)
+
+
+def patch_energies(
+    method: Method, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]] | None = None
+) -> Tensor:
+    """Settled patch energies z, (B, h, w), without a bound where the method has such; of parts of frames
+    where their origins are given."""
+    if isinstance(method, Unbounded):
+        return method.unbounded_energy(pictures, valid, origins).float()
+    if origins is None:
+        return method.patch_energy(pictures, valid).float()
+    assert isinstance(method, Crops)  # see `crop_step`
+    return method.crop_energy(pictures, valid, origins).float()
 
 
 def crop_step(method: Method) -> int | None:
@@ -107,10 +120,7 @@ class WindowEnergy:
 
     def patches(self, windows: Tensor) -> Tensor:
         """Settled patch energies z of windows (B, 3, H, W), (B, h, w)."""
-        if self.origins is None:
-            return self.method.patch_energy(windows, self.valid).float()
-        assert isinstance(self.method, Crops)  # see `crop_step`
-        return self.method.crop_energy(windows, self.valid, self.origins).float()
+        return patch_energies(self.method, windows, self.valid, self.origins)
 
     def excess(self, windows: Tensor) -> Tensor:
         """Weighted, hinged patch energies, (B, h, w): their sum is the window's energy."""

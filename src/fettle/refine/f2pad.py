@@ -21,7 +21,7 @@ from fettle.errors import UsageError
 from fettle.layers.pixel_map import pixel_map, valid_tokens
 from fettle.protocols import Method
 from fettle.refine.case import Case, GoodFacts, Refined
-from fettle.refine.energy import Box, WindowEnergy, crop_step, hinged
+from fettle.refine.energy import Box, WindowEnergy, crop_step, hinged, patch_energies
 from fettle.refine.filling import fill_window, usable_references
 from fettle.refine.finish import finish
 from fettle.refine.grabcut import have_opencv
@@ -158,7 +158,7 @@ class _Refinement:
         """Gates that need the whole picture, and its regions (5.1)."""
         views = torch.stack([case.view for case in cases]).requires_grad_()
         valid = torch.stack([case.valid for case in cases])[:, None]
-        with_gradient = self.method.patch_energy(views, valid).float()
+        with_gradient = patch_energies(self.method, views, valid)
         energies = with_gradient.detach()
         tokens = valid_tokens(valid, (energies.shape[-2], energies.shape[-1]))
         pixels = pixel_map(energies, valid, 0).cpu().numpy()
