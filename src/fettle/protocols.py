@@ -323,13 +323,14 @@ class Crops(Protocol):
 
 @runtime_checkable
 class Unbounded(Protocol):
-    """A method whose patch energy is bounded, for its map's sake, and which has one without a bound."""
+    """A method whose patch energy is bounded, for its map's sake, and which has one without a bound, of parts
+    of frames, too."""
 
     def unbounded_energy(
         self, pictures: Tensor, valid: Tensor, origins: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
-        """As `patch_energy`, or `Crops.crop_energy` where origins are given, but it grows with what is
-        strange however strange it is: an optimisation needs its slope."""
+        """As `patch_energy`, or where origins are given as `Crops.crop_energy`, but it grows however strange
+        a patch is: an optimisation needs the slope."""
         ...
 
 

@@ -19,7 +19,7 @@ from fettle.detector import Detector
 from fettle.errors import ConfigError, DataError, UsageError
 from fettle.methods.cflow import Cflow, CflowConfig, LevelDensity, slowed, tempered
 from fettle.methods.registry import make_config
-from fettle.protocols import BackboneSpec, Batch, Crops, FeatureBatch, Finishes, Level, Run, Step, Trained
+from fettle.protocols import BackboneSpec, Batch, FeatureBatch, Finishes, Level, Run, Step, Trained, Unbounded
 from fettle.refine.settings import F2PADConfig
 from fettle.refine.solver import solve
 from fettle.training import learning_rate, planned_steps
@@ -147,7 +147,7 @@ def test_wrong_fields_are_refused(wrong: dict[str, object]) -> None:
 
 def test_it_is_trained_finishes_and_takes_crops() -> None:
     method = method_on()
-    assert isinstance(method, Trained) and isinstance(method, Finishes) and isinstance(method, Crops)
+    assert isinstance(method, Trained) and isinstance(method, Finishes) and isinstance(method, Unbounded)
 
 
 # --- the training
@@ -433,10 +433,10 @@ def test_a_score_below_zero_is_not_replaced_by_what_lies_outside() -> None:
 def test_a_part_has_the_codes_of_its_place() -> None:
     method = prepared(pictures(2, 128), steps=2).requires_grad_(False)
     whole = pictures(1, 128, first=3)
-    expected = method.patch_energy(whole, all_valid(whole))
-    torch.testing.assert_close(method.crop_energy(whole, all_valid(whole), [(0, 0)]), expected)
+    expected = method.unbounded_energy(whole, all_valid(whole))
+    torch.testing.assert_close(method.unbounded_energy(whole, all_valid(whole), [(0, 0)]), expected)
     parts = torch.cat([whole[..., 32:96, 64:128], whole[..., 0:64, 32:96]])
-    found = method.crop_energy(parts, all_valid(parts), [(32, 64), (0, 32)])
+    found = method.unbounded_energy(parts, all_valid(parts), [(32, 64), (0, 32)])
     assert found.shape == (2, 8, 8)
     inner = slice(2, 6)  # a coarse cell's half is 2 fine ones
     torch.testing.assert_close(
@@ -445,7 +445,7 @@ def test_a_part_has_the_codes_of_its_place() -> None:
     torch.testing.assert_close(
         found[1, inner, inner], expected[0, 0:8, 4:12][inner, inner], rtol=1e-4, atol=1e-5
     )
-    elsewhere = method.crop_energy(parts, all_valid(parts), [(0, 0), (64, 64)])
+    elsewhere = method.unbounded_energy(parts, all_valid(parts), [(0, 0), (64, 64)])
     assert float((elsewhere - found).abs().max()) > 0.01
 
 
@@ -454,7 +454,7 @@ def test_a_part_off_the_cells_or_the_frame_is_refused(origin: tuple[int, int]) -
     method = prepared(pictures(2, 128))
     part = pictures(1)
     with pytest.raises(ConfigError, match="whole cells"):
-        method.crop_energy(part, all_valid(part), [origin])
+        method.unbounded_energy(part, all_valid(part), [origin])
 
 
 def test_another_size_is_refused() -> None:

@@ -337,20 +337,15 @@ class Cflow(nn.Module):
         return energy
 
     def unbounded_energy(self, pictures: Tensor, valid: Tensor, origins: Origins | None = None) -> Tensor:
-        """The same of energies that are slowed instead of bounded, see `protocols.Unbounded`."""
-        joined = self._joined(self._energies(pictures, valid, origins), valid, slowed)
-        energy: Tensor = self.scale(joined)
-        return energy
+        """As `patch_energy`, of slowed energies in place of bounded ones; see `protocols.Unbounded`.
 
-    def crop_energy(self, pictures: Tensor, valid: Tensor, origins: Origins) -> Tensor:
-        """As `patch_energy`, of parts of frames; see `protocols.Crops`. Codes are those of the whole frame.
-
-        Coarse levels are resampled within the part, so that the cells at its sides differ by that, too.
+        Of a part of a frame the codes are those of the whole one. Coarse levels are resampled within the
+        part, so that the cells at its sides differ by that, too.
 
         Raises:
             ConfigError: an origin that is no multiple of every stride, or a part that leaves the frame.
         """
-        joined = self._joined(self._energies(pictures, valid, origins), valid, tempered)
+        joined = self._joined(self._energies(pictures, valid, origins), valid, slowed)
         energy: Tensor = self.scale(joined)
         return energy
 

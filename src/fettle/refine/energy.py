@@ -56,7 +56,7 @@ def crop_step(method: Method) -> int | None:
     """
     known = [method.backbone.spec.level(name) for name in method.levels]
     strides = {level.stride for level in known if level is not None}
-    if not isinstance(method, Crops) or len(strides) < 2:
+    if not isinstance(method, Crops | Unbounded) or len(strides) < 2:
         return None
     return math.lcm(16, *strides)
 
