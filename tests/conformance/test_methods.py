@@ -32,7 +32,8 @@ from fettle.inspection import Inspection, Refusal, Verdict
 from fettle.judging import Fitter, judge
 from fettle.methods.registry import find_method, make_config, method_names
 from fettle.model_folder import read_model
-from fettle.protocols import Crops, LeavesOut, Method, Run, no_progress
+from fettle.protocols import Crops, LeavesOut, Method, Run, Unbounded, no_progress
+from fettle.refine.energy import patch_energies
 from fettle.runtimes import Runtime, open_graph
 
 # A head for a grid of 4 x 4 tokens, whose score is the largest of its map.
@@ -229,12 +230,12 @@ def double(method: Method) -> Method:
 
 def test_a_part_that_is_the_whole_has_the_wholes_energy(fitted: Fitted) -> None:
     method = fitted.method
-    if not isinstance(method, Crops):
+    if not isinstance(method, Crops | Unbounded):
         pytest.skip("it takes no parts of frames")
     pictures, valid = eight_pictures()
     with torch.no_grad():
-        whole = method.patch_energy(pictures, valid)
-        part = method.crop_energy(pictures, valid, [(0, 0)] * 8)
+        whole = patch_energies(method, pictures, valid)
+        part = patch_energies(method, pictures, valid, [(0, 0)] * 8)
     assert part.shape == whole.shape and float(whole.abs().max()) > 1
     torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
 
