@@ -193,9 +193,10 @@ def table() -> None:
         print(f"\n#### {title}: pixel AP / IoU / boundary F\n")
         print_rows(records, "main", part, mode, REFINERS, (*REAL, "parts"), BASES, figures_of)
         if part == "tight":
-            print_means(records, part, mode)
+            print_means(records, part, mode, REFINERS, figures_in)
             print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
             print_rows(records, "main", part, mode, REFINERS[1:], (*REAL, "parts"), BASES, change_of)
+            print_means(records, part, mode, REFINERS[1:], changes_in, "+.1f")
     print("\n#### The other methods, one seed, every picture refined: pixel AP / IoU / boundary F\n")
     print_rows(records, "main", "tight", "all", REFINERS, REAL, OTHERS, figures_of)
     print("\n#### The other methods on coarse masks\n")
@@ -237,20 +238,23 @@ def print_rows(
                 print(f"| {data} | {arm} | {' | '.join(row)} |")
 
 
-def print_means(records: Mapping[str, Mapping[str, Json]], part: str, mode: str) -> None:
+def print_means(
+    records: Mapping[str, Mapping[str, Json]],
+    part: str,
+    mode: str,
+    arms: Iterable[str],
+    figures: Callable[[Run, str, str], Sequence[float | None]],
+    form: str = ".3f",
+) -> None:
     """Rows of means over the data sets, by refiner, where all are there."""
     of_data = tuple(data for data in (*REAL, "parts") if data != "battery_weld")  # its masks are coarse
-    for arm in REFINERS:
+    for arm in arms:
         cells = []
         for method in BASES:
             by_data = [runs_of(records, "main", data, method, part) for data in of_data]
-            keys = ("pixel_ap", "iou", "boundary_f")
-            means = [
-                fmean(fmean(cast(float, run[arm][mode][key]) for run in runs) for runs in by_data)
-                for key in keys
-                if all(by_data)
-            ]
-            cells.append(" / ".join(f"{mean:.3f}" for mean in means))
+            known = by_data if all(by_data) else []
+            means = [means_over_seeds([figures(run, arm, mode) for run in runs]) for runs in known]
+            cells.append(" / ".join(f"{fmean(values):{form}}" for values in zip(*means, strict=True)))
         print(f"| mean | {arm} | {' | '.join(cells)} |")
 
 
@@ -299,20 +303,27 @@ def mean_run(runs: Sequence[Run]) -> Run:
 
 
 def figures_of(runs: Sequence[Run], arm: str, mode: str) -> str:
-    return shown([[run[arm][mode][key] for run in runs] for key in ("pixel_ap", "iou", "boundary_f")])
+    return shown([figures_in(run, arm, mode) for run in runs])
+
+
+def figures_in(run: Run, arm: str, mode: str) -> list[float | None]:
+    return [run[arm][mode][key] for key in ("pixel_ap", "iou", "boundary_f")]
 
 
 def masks_of(runs: Sequence[Run], arm: str, mode: str) -> str:
-    return shown([[run[arm][mode][key] for run in runs] for key in ("iou", "boundary_f")])
+    return shown([figures_in(run, arm, mode)[1:] for run in runs])
 
 
 def change_of(runs: Sequence[Run], arm: str, mode: str) -> str:
+    return " / ".join(f"{one:+.1f}" for one in means_over_seeds([changes_in(run, arm, mode) for run in runs]))
+
+
+def changes_in(run: Run, arm: str, mode: str) -> list[float]:
     """Against the method's own map, points."""
-    changes = [
-        [100 * (cast(float, run[arm][mode][key]) - cast(float, run["none"][mode][key])) for run in runs]
+    return [
+        100 * (cast(float, run[arm][mode][key]) - cast(float, run["none"][mode][key]))
         for key in ("pixel_auroc", "aupro")
     ]
-    return " / ".join(f"{fmean(change):+.1f}" for change in changes)
 
 
 def group_of(runs: Sequence[Run], arm: str, mode: str, *, structural: bool) -> str:
@@ -323,15 +334,18 @@ def group_of(runs: Sequence[Run], arm: str, mode: str, *, structural: bool) -> s
     ]
     if not all(chosen):
         return ""
-    return shown(
-        [[fmean(own[key] or 0.0 for own in kinds) for kinds in chosen] for key in ("iou", "boundary_f")]
-    )
+    keys = ("iou", "boundary_f")
+    return shown([[fmean(own[key] or 0.0 for own in kinds) for key in keys] for kinds in chosen])
 
 
-def shown(of_keys: Sequence[Sequence[float | None]]) -> str:
+def shown(of_seeds: Sequence[Sequence[float | None]]) -> str:
     """Means over seeds, and how many."""
-    means = [fmean(value for value in values if value is not None) for values in of_keys]
-    return f"{' / '.join(f'{value:.3f}' for value in means)} ({len(of_keys[0])})"
+    return f"{' / '.join(f'{mean:.3f}' for mean in means_over_seeds(of_seeds))} ({len(of_seeds)})"
+
+
+def means_over_seeds(of_seeds: Sequence[Sequence[float | None]]) -> list[float]:
+    """Of each figure, over the seeds that have it."""
+    return [fmean(one for one in values if one is not None) for values in zip(*of_seeds, strict=True)]
 
 
 if __name__ == "__main__":
