@@ -23,7 +23,7 @@ from fettle import model_folder
 from fettle.detector import Detector
 from fettle.errors import FettleError, ModelFolderError, UsageError
 from fettle.inspection import Inspection
-from fettle.model_folder import MANIFEST, SCHEMA, read_model, write_model
+from fettle.model_folder import MANIFEST, SCHEMA, GraphFile, read_model, write_model
 from fettle.protocols import Json
 
 CONTENT: dict[str, Json] = {"method": "any", "card": {"words": "größer", "numbers": [1, 0.1, None, True]}}
@@ -105,13 +105,35 @@ def test_old_tensor_files_are_removed_after_success(model: Path) -> None:
     assert torch.equal(read_model(model).tensors["method"]["half"], torch.ones(5))
 
 
-def test_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+FOREIGN = {
+    "a text": {"thesis.txt": "years of work"},
+    "a setting": {"config.json": "{}"},
+    "a manifest of another program": {"manifest.json": '{"name": "a web page"}', "parity.json": "{}"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, files: dict[str, str]) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="holds more than a model"):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(UsageError, match=f"holds '{next(iter(files))}', so it is no model's"):
         write_model(folder, CONTENT, TENSORS)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert {path.name: path.read_text() for path in folder.iterdir()} == files
+
+
+def test_an_exported_model_takes_the_place_of_exported_ones_only(model: Path, tmp_path: Path) -> None:
+    graph = {"graph": GraphFile("onnx", b"a graph")}
+    before = manifest_of(model)
+    with pytest.raises(UsageError, match="holds a fitted model"):
+        write_model(model, CONTENT, {}, graph)
+    assert manifest_of(model) == before and read_model(model).content == CONTENT
+    write_model(tmp_path / "exported", CONTENT, {}, graph)
+    write_model(tmp_path / "exported", CONTENT, {}, {"graph": GraphFile("onnx", b"another")})
+    assert read_model(tmp_path / "exported").graph == {"graph": b"another"}
+    write_model(tmp_path / "exported", CONTENT, TENSORS)
+    assert not read_model(tmp_path / "exported").graph
 
 
 def test_file_where_a_folder_is_meant_is_refused(tmp_path: Path) -> None:

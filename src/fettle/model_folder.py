@@ -30,6 +30,7 @@ PARITY = "parity.json"
 GRAPH_SUFFIXES = ("onnx", "xml", "bin", "pt2")
 _TENSORS = "safetensors"
 _MANIFEST_OR_PARITY = r"manifest\.json|parity\.json"
+_PARTIAL = r"(\.\d+\.partial)?"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_TENSOR_BYTES = 16 << 30
 _DTYPES = frozenset(
@@ -71,12 +72,9 @@ def write_model(
         graph: part name -> file, of an exported model.
 
     Raises:
-        UsageError: the folder holds something that is no model.
+        UsageError: see `check_replaceable`.
     """
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file.", "Name a folder for the model.")
-    if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
-        raise UsageError(f"The folder {folder} holds more than a model.", "Name another folder.")
+    check_replaceable(folder, by_graph=bool(graph))
     try:
         _write(folder, content, tensors, graph or {})
     except OSError as error:
@@ -84,6 +82,28 @@ def write_model(
             f"The model could not be written to {folder}: {error.strerror or error}.",
             "Check the free space and the rights there; a former model is still whole.",
         ) from error
+
+
+def check_replaceable(folder: Path, *, by_graph: bool = False) -> None:
+    """Refuse a folder whose content a model may not take the place of.
+
+    Args:
+        by_graph: the model is an exported one, which must not take the place of a fitted one: that could
+            not be calibrated or exported any more.
+
+    Raises:
+        UsageError: a file; a folder with something that is no model's; or `by_graph`, and a fitted model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"'{folder}' is a file where a folder is meant.", _ANOTHER)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Others have a manifest.json, too. Ours never stands without the files that it names.
+    ours = names if any(map(_is_hashed, names)) else []
+    strange = next((name for name in names if not _is_ours(name) or name not in ours), None)
+    if strange is not None:
+        raise UsageError(f"The folder '{folder}' holds '{strange}', so it is no model's.", _ANOTHER)
+    if by_graph and any(name.endswith(f".{_TENSORS}") for name in names):
+        raise UsageError(f"'{folder}' holds a fitted model, which the exported one would replace.", _ANOTHER)
 
 
 def write_parity(folder: Path, report: Mapping[str, Json]) -> None:
@@ -144,6 +164,7 @@ def read_model(folder: Path) -> StoredModel:
     return StoredModel(content, tensors, graph)
 
 
+_ANOTHER = "Name another folder with -o."
 _RESTORE = "Fit it again, or restore it from a copy."
 
 
@@ -210,14 +231,13 @@ def _parse_tensors(folder: Path, name: str, data: bytes) -> dict[str, Tensor]:
 
 def _is_ours(name: str) -> bool:
     """Names that this module gives: nothing else in a folder is ever read or removed."""
-    return (
-        re.fullmatch(
-            rf"([a-z_0-9]+-[0-9a-f]{{16}}\.({_TENSORS}|{'|'.join(GRAPH_SUFFIXES)})|{_MANIFEST_OR_PARITY})"
-            r"(\.\d+\.partial)?",
-            name,
-        )
-        is not None
-    )
+    return _is_hashed(name) or re.fullmatch(rf"({_MANIFEST_OR_PARITY}){_PARTIAL}", name) is not None
+
+
+def _is_hashed(name: str) -> bool:
+    """Names of files of tensors and graphs."""
+    suffixes = "|".join((_TENSORS, *GRAPH_SUFFIXES))
+    return re.fullmatch(rf"[a-z_0-9]+-[0-9a-f]{{16}}\.({suffixes}){_PARTIAL}", name) is not None
 
 
 def _content_hash(manifest: Mapping[str, Json]) -> str:

@@ -77,6 +77,13 @@ def test_what_a_graph_cannot_do_is_refused_in_one_sentence(
     assert not out.exists()
 
 
+def test_a_fitted_model_is_not_replaced_by_its_export(model: Path) -> None:
+    before = sorted(path.name for path in model.iterdir())
+    sentence = refused(fettle("export", model, "-o", model, "--format", "pt2"))
+    assert "holds a fitted model" in sentence and "-o" in sentence
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
 def test_a_failed_parity_is_exit_code_1(
     model: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def export(
     from fettle.export.parity import sentence
     from fettle.export.run import export_model
 
-    check_model_out(out)
+    check_model_out(out, exported=True)
     with Screen() as screen:
         facts = export_model(
             Detector.load(model),

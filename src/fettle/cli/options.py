@@ -103,22 +103,22 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def check_model_out(out: Path) -> None:
+def check_model_out(out: Path, *, exported: bool = False) -> None:
     """Refuse a folder that a model cannot be written to: now, not after the work.
 
     Raises:
-        UsageError: a file, a folder with something else in it, or one that cannot be made or written.
+        UsageError: a file, a folder with something else in it, one that cannot be made or written, or, for
+            an `exported` model, one with a fitted model.
     """
-    if out.is_dir():
-        ours = (".json", ".safetensors", ".partial", ".onnx", ".xml", ".bin", ".pt2")
-        strange = next((path.name for path in sorted(out.iterdir()) if path.suffix not in ours), None)
-        if strange is not None:
-            raise UsageError(f"The folder '{out}' holds '{strange}', so it is no model's.", _ANOTHER)
-    elif out.exists():
-        raise UsageError(f"'{out}' is a file where a folder is meant.", _ANOTHER)
+    from fettle.model_folder import check_replaceable
+
+    check_replaceable(out, by_graph=exported)
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"The folder '{out}' cannot be written: '{nearest}' does not let it.", _ANOTHER)
+        raise UsageError(
+            f"The folder '{out}' cannot be written: '{nearest}' does not let it.",
+            "Name another folder with -o.",
+        )
 
 
 def make_refiner(
@@ -138,6 +138,3 @@ def check_refine_options(
         raise UsageError(
             "--refine-all, --refine-preset and --refine-set are of a refiner.", "Add --refine f2pad."
         )
-
-
-_ANOTHER = "Name another folder with -o."

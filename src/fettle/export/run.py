@@ -26,7 +26,7 @@ from fettle.export.writers import (
     set_openvino_constants,
 )
 from fettle.exported import ExportFacts, ask
-from fettle.model_folder import GraphFile, write_model, write_parity
+from fettle.model_folder import GraphFile, check_replaceable, write_model, write_parity
 from fettle.model_parts import pack_exported
 from fettle.protocols import Maps, Method, Progress, no_progress, no_words
 from fettle.runtimes import FORMATS, GRAPH_FILES, INPUTS, Format, Runtime, need_package, open_graph
@@ -61,7 +61,7 @@ def export_model(
     """Export a model, compare the graph with it, and write the folder, whatever the comparison says.
 
     Args:
-        out: folder to write; must be new, empty or a model's.
+        out: folder to write; must be new, empty or an exported model's.
         format_: one of `FORMATS`. precision: of the weights; all is computed in float32, but for "int8".
         pictures: folder of good pictures to compare on; None: those that the model keeps for refiners, which
             it has learnt from, so that int8, whose noise a memory of them would magnify, does not take them.
@@ -72,10 +72,11 @@ def export_model(
         What was written; `parity.passed` says whether it may be used.
 
     Raises:
-        UsageError: a format or precision that is not offered, an extra that is not installed, a model that
-            cannot be exported, or no picture to compare on.
+        UsageError: a folder that may not be replaced, a format or precision that is not offered, an extra
+            that is not installed, a model that cannot be exported, or no picture to compare on.
         DataError, CalibrationError: `calibrate`, and no fresh picture, or too few.
     """
+    check_replaceable(out, by_graph=True)
     chosen = check_offered(detector, format_, precision)
     if precision == "int8" and pictures is None:
         raise UsageError(
