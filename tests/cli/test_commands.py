@@ -204,11 +204,21 @@ def test_overlays_are_as_large_as_the_pictures(model: Path, labelled_folder: Pat
     assert Image.open(overlays[0]).size == (64, 64)
 
 
-def test_a_run_inside_its_pictures_does_not_inspect_itself(model: Path, good_folder: Path) -> None:
-    for _ in range(2):
-        answer = fettle("inspect", model, good_folder, "-o", good_folder / "run", "--json")
-        assert (answer.code, answer.json["pictures"]) == (0, 24)
-    assert "24 pictures in" in answer.err
+def test_pictures_that_a_run_drew_are_nobodys_parts(
+    model: Path, good_folder: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    drawing = ("--overlays", "--contours", "png")
+    for _ in range(2):  # among the pictures that it inspects
+        run = fettle("inspect", model, good_folder, "-o", good_folder / "run", *drawing, "--json")
+        assert run.code == 0 and run.json["pictures"] == 24
+    assert fettle("inspect", model, good_folder, "-o", tmp_path / "other", "--json").json["pictures"] == 24
+    assert fit(good_folder, tmp_path / "again", "--json").json["num_fit"] == 24
+    defects = labelled_folder / "test" / "scratch"
+    before = fettle("evaluate", model, labelled_folder, "--json").json["num_defective"]
+    assert fettle("inspect", model, defects, "-o", defects / "run", *drawing).code == 0
+    assert fettle("evaluate", model, labelled_folder, "--json").json["num_defective"] == before
+    (good_folder / "run" / "run.json").write_text('{"format": "of another program"}')
+    assert fettle("data", "describe", good_folder, "--json").json["counts"][0]["pictures"] > 24
 
 
 def test_evaluate_measures_everything(model: Path, labelled_folder: Path) -> None:

@@ -43,6 +43,14 @@ def test_commands_of_a_model_of_many_products(root: Path, tmp_path: Path) -> Non
     }
     assert all("(24 good pictures)" in promise for promise in promises.values())
 
+    assert fettle("evaluate", tmp_path / "m", root, "--product", "nut", "-o", tmp_path / "both").code == 0
+    assert fettle("evaluate", tmp_path / "m", root, "-o", tmp_path / "both").code == 0
+    assert not (tmp_path / "both" / "run.json").exists()
+    assert not list((tmp_path / "both" / "panels").iterdir())
+    assert fettle("inspect", tmp_path / "m", root / "bolt" / "test", "-o", tmp_path / "both").code == 0
+    assert fettle("report", tmp_path / "both").code == 0  # of the run that was written last
+    assert "pooled, one shared threshold" not in (tmp_path / "both" / "report.html").read_text()
+
     table = fettle("evaluate", tmp_path / "m", root)
     assert [line.split()[0] for line in table.out.splitlines()[1:5]] == ["bolt", "nut", "mean", "pooled"]
 

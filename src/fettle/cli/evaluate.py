@@ -124,6 +124,7 @@ def evaluate_into(
         UsageError: the data set has no test picture of that product; `explain`, and the method cannot.
     """
     from fettle.report.products import product_folders, write_products
+    from fettle.report.run_folder import remove_run
 
     dataset = detector.open_labelled(labelled, product) if isinstance(labelled, Path) else labelled
     _check_product(dataset, product)
@@ -132,6 +133,8 @@ def evaluate_into(
     if out is not None:
         products = sorted({record.product for record in dataset.for_testing()})
         folders = product_folders(out, products) if several else {product: out}
+        if several:
+            remove_run(out)
     not_kept = 0
     with ExitStack() as stack:
         runs = {

@@ -21,7 +21,7 @@ from fettle.cli.options import (
     make_refiner,
     parse_names,
 )
-from fettle.cli.runs import add_or_refuse, leave_out_own, open_run
+from fettle.cli.runs import add_or_refuse, open_run
 from fettle.protocols import Json
 
 
@@ -75,7 +75,6 @@ def inspect(
             if sentence is not None:
                 screen.say(f"Note: {sentence}")
 
-        pictures = leave_out_own(pictures, out, screen)
         answers = detector.inspect_items(
             pictures, lambda path: path, product=product, rules=rules, explain=explain, refiner=refiner
         )

@@ -14,8 +14,10 @@ def report(
     ],
 ) -> None:
     """Write the HTML report of a run folder and print its path."""
+    from fettle.datasets.folder import RUN_JSON
     from fettle.report.page import write_report
     from fettle.report.products import PRODUCTS_JSON, write_products_report
 
-    several = (out / PRODUCTS_JSON).is_file()
+    # A run that was written over an evaluation of several products is the newer one: those remove it.
+    several = (out / PRODUCTS_JSON).is_file() and not (out / RUN_JSON).is_file()
     print(write_products_report(out) if several else write_report(out))

@@ -82,16 +82,6 @@ def add_or_refuse(
     return True
 
 
-def leave_out_own(pictures: Sequence[Path], out: Path, screen: Screen) -> list[Path]:
-    """The pictures without those that a former run has drawn into OUT, which lies among them."""
-    own = ("panels", "overlays", "explanations", "templates", "contours/png")
-    drawn = {out.absolute() / name for name in own}
-    rest = [path for path in pictures if path.absolute().parent not in drawn]
-    if len(rest) < len(pictures):
-        screen.say(f"Note: {len(pictures) - len(rest)} pictures in {out} are a former run's, and left out.")
-    return rest
-
-
 def say_refused(screen: Screen, reasons: Sequence[str]) -> None:
     """Name refused pictures; the first ones where there are many."""
     for reason in reasons[:_MOST_NAMED]:

@@ -11,11 +11,15 @@ from fettle.datasets.records import Dataset, Record
 from fettle.errors import DataError
 from fettle.images.decode import PICTURE_SUFFIXES
 
+RUN_JSON = "run.json"
+RUN_FORMAT = "fettle-run"  # what a run folder's run.json begins with
+_DRAWN = frozenset(("panels", "overlays", "explanations", "templates", "contours"))  # by a run
+
 
 def open_folder(root: Path) -> Dataset:
     """Every picture below `root`, at any depth, taken as good.
 
-    Hidden files and folders, and names that don't end like a picture's, are passed over.
+    Hidden files and folders, names that don't end like a picture's, and what runs have drawn are passed over.
 
     Raises:
         DataError: not a folder, empty, or without pictures.
@@ -28,7 +32,10 @@ def open_folder(root: Path) -> Dataset:
 
 
 def picture_files(root: Path) -> list[Path]:
-    """All pictures below `root` by their names, sorted by path. Links are followed, each folder once."""
+    """All pictures below `root` by their names, sorted by path. Links are followed, each folder once.
+
+    Hidden ones are passed over, and what a run drew into a run folder that lies there.
+    """
     return sorted(_walk(root), key=Path.as_posix)
 
 
@@ -40,10 +47,20 @@ def _walk(root: Path) -> Iterator[Path]:
             inner.clear()
             continue
         seen.add(real)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        drawn = _DRAWN if RUN_JSON in names and _is_run(Path(folder)) else ()
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in drawn)
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
                 yield Path(folder) / name
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder's run.json is one of Fettle's."""
+    try:
+        with (folder / RUN_JSON).open("rb") as file:
+            return f'"{RUN_FORMAT}"'.encode() in file.read(64)
+    except OSError:
+        return False
 
 
 def _cannot_list(error: OSError) -> NoReturn:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fettle import __version__
+from fettle.datasets.folder import RUN_FORMAT, RUN_JSON
 from fettle.errors import DataError, FettleError, PictureError, UsageError
 from fettle.inspection import ComparedWith, Explained, Inspection, Refusal, Verdict
 from fettle.protocols import Json
@@ -46,8 +47,6 @@ from fettle.report.rows import (
     write_parquet,
 )
 
-RUN_JSON = "run.json"
-_FORMAT = "fettle-run"
 _MADE_AT_THE_END = ("inspections.csv", "inspections.parquet", "report.html")
 _MAKE_ONE = "Make one first: `fettle inspect MODEL PICTURES -o OUT`, into a folder of its own."
 _NUM_THREADS = 2
@@ -271,7 +270,7 @@ class RunWriter:
 
     def _write_run_json(self, *, complete: bool, metrics: dict[str, Json] | None) -> None:
         run: dict[str, object] = {
-            "format": _FORMAT,
+            "format": RUN_FORMAT,
             "format_version": 1,
             "fettle": __version__,
             "complete": complete,
@@ -315,7 +314,7 @@ def _load_run_json(out: Path) -> dict[str, Json]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' can't be read as JSON ({error}).", _MAKE_ONE) from error
-    if not isinstance(run, dict) or run.get("format") != _FORMAT:
+    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
         raise UsageError(f"'{path}' was not written by Fettle.", _MAKE_ONE)
     if run.get("format_version") != 1:
         raise DataError(
@@ -358,6 +357,18 @@ def _clear_former_run(out: Path) -> None:
                 (out / name).unlink(missing_ok=True)
     for name in _MADE_AT_THE_END:
         (out / name).unlink(missing_ok=True)
+
+
+def remove_run(out: Path) -> None:
+    """Remove the run in a folder that something else is written to; nothing where there is none.
+
+    Raises:
+        UsageError: its `run.json` is of something else.
+    """
+    if (out / RUN_JSON).exists():
+        _clear_former_run(out)
+        (out / JSONL).unlink(missing_ok=True)
+        (out / RUN_JSON).unlink()
 
 
 def _check_sizes(inspection: Inspection, pixels: Pixels, mask: NDArray[np.bool_] | None) -> None:
