@@ -202,7 +202,7 @@ def test_missing_data_set(tmp_path: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    assert "is empty. Put pictures of good parts into it." in dataset_refusal(tmp_path)
+    assert "is empty. Put pictures into it." in dataset_refusal(tmp_path)
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:

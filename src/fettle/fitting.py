@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fettle.backbones import registry as backbones
 from fettle.calibration import needed_pictures
+from fettle.datasets.folder import folder_name
 from fettle.datasets.products import product_notes
 from fettle.datasets.records import Dataset
 from fettle.errors import UsageError, nearest_name
@@ -230,7 +231,7 @@ def fit_parts(
         "seed": request.seed,
         "versions": _versions(),
         "data": {
-            "source": dataset.root.name,
+            "source": folder_name(dataset.root),
             "layout": dataset.layout,
             "pictures": judged.num_fit,
             "shots": request.shots,
@@ -251,6 +252,10 @@ def fit_parts(
 
 def _check_request(request: FitRequest, method_class: type[Method]) -> None:
     """Refuse what does not go together."""
+    if request.log_dir is not None and not method_class.traits.trained:
+        raise UsageError(
+            f"Method '{request.method}' is not trained, so it has nothing to log.", "Leave --log-dir out."
+        )
     if not request.multi_class:
         return
     if not method_class.traits.multi_class:

@@ -15,6 +15,8 @@ from conftest import write_good
     [
         ("--method", "patchcor", "There is no method 'patchcor'. Did you mean 'patchcore'?"),
         ("--preset", "compat", "has no preset 'compat'. Did you mean 'compact'?"),
+        ("--backbone", "foo", "There is no backbone 'foo'. 'fettle doctor' lists"),
+        ("--log-dir", "log", "Method 'patchcore' is not trained, so it has nothing to log."),
         ("--backbone", "resnet81", "There is no backbone 'resnet81'. Did you mean 'resnet18'?"),
         ("--frame", "sqare", "--frame cannot be 'sqare'. Did you mean 'square'?"),
         ("--calibration", "kfolds", "--calibration cannot be 'kfolds'. Did you mean 'kfold'?"),

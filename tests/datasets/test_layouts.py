@@ -15,6 +15,7 @@ from PIL import Image
 
 from fettle.datasets import Dataset, Record, open_dataset
 from fettle.datasets.magnetic_tile import neighbour_groups
+from fettle.datasets.picture_list import list_pictures
 from fettle.datasets.splits import folds, group_column, groups, hold_out
 from fettle.errors import DataError, UsageError
 
@@ -99,6 +100,17 @@ class TestMvtec:
         draw(product / "ground_truth/rust/1_mask.png")
         assert by_name(open_dataset(product))["1.png"].mask is None
 
+    def test_the_test_part_is_no_folder_of_good_pictures(self, product: Path) -> None:
+        with pytest.raises(DataError, match=r"is the test part of 'nut'.*test/good"):
+            open_dataset(product / "test")
+        assert open_dataset(product / "test" / "good").layout == "folder"
+
+    def test_masks_are_not_among_the_pictures_of_a_folder(self, product: Path) -> None:
+        pictures = list_pictures([product])
+        assert sorted(pictures) == sorted(record.path for record in open_dataset(product).records)
+        assert list_pictures([product.parent]) == pictures
+        assert list_pictures([product / "ground_truth"])
+
     def test_training_alone_is_enough(self, tmp_path: Path) -> None:
         draw(tmp_path / "train/good/0.png")
         assert open_dataset(tmp_path).layout == "mvtec"
@@ -132,6 +144,9 @@ class TestMagneticTile:
             draw(root / f"MT_Crack/Imgs/exp1_num_{number}.jpg")
         draw(root / "MT_Crack/Imgs/exp1_num_1100.png")
         return root
+
+    def test_masks_are_not_among_the_pictures_of_a_folder(self, tiles: Path) -> None:
+        assert list_pictures([tiles]) == [record.path for record in open_dataset(tiles).records]
 
     def test_labels_and_masks(self, tiles: Path) -> None:
         dataset = open_dataset(tiles)

@@ -142,18 +142,18 @@ class TestFolderOfProducts:
 class TestOneProduct:
     @pytest.mark.parametrize("name", ["nut", "bagel", "tiles"])
     def test_a_layout_is_refused_with_the_remedy(self, root: Path, name: str) -> None:
-        with pytest.raises(DataError, match=r"is itself one product.*Leave --multi-class away.*plant'"):
+        with pytest.raises(DataError, match=r"is itself one product.*leave --multi-class away.*plant'"):
             open_products(root / name)
 
     def test_plain_pictures_are_refused_with_the_remedy(self, root: Path) -> None:
-        with pytest.raises(DataError, match=r"pictures of its own.*Leave --multi-class away"):
+        with pytest.raises(DataError, match=r"pictures of its own.*leave --multi-class away"):
             open_products(root / "bolt/monday")
 
     @pytest.mark.parametrize("part", ["test", "ground_truth", "good", "Masks"])
     def test_parts_of_a_product_are_no_products(self, tmp_path: Path, part: str) -> None:
         draw(tmp_path / part / "0.png")
         draw(tmp_path / "dent/0.png")
-        with pytest.raises(DataError, match=rf"a folder '{part}'.*Leave --multi-class away"):
+        with pytest.raises(DataError, match=rf"a folder '{part}'.*leave --multi-class away"):
             open_products(tmp_path)
 
     def test_pictures_beside_products_have_no_product(self, root: Path) -> None:

@@ -363,7 +363,7 @@ def is_vit(timm_name: str) -> bool:
     if not timm.is_model(timm_name):
         raise UsageError(
             f"There is no backbone '{timm_name}'.",
-            nearest_name(timm_name, timm.list_models(f"{timm_name[:3]}*")),
+            nearest_name(timm_name, timm.list_models()) or "'fettle doctor' lists those with weights here.",
         )
     return timm_name.startswith(("vit_", "deit"))
 

@@ -17,7 +17,9 @@ app = typer.Typer(help="Data sets: describe one, or render the procedural parts.
 @app.command("describe")
 def describe(
     folder: Annotated[Path, typer.Argument(help="Folder or manifest.")],
-    layout: Annotated[str, typer.Option(help="auto, folder, mvtec, magnetic_tile or manifest.")] = "auto",
+    layout: Annotated[
+        str, typer.Option(help="auto, folder, mvtec, mvtec3d, visa, magnetic_tile or manifest.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Counts, sizes, suspicious files, and trivial scores that would tell the label without looking."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fettle.detector import Detector
     from fettle.refine.refiner import Refiner
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, no words.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, no words.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
 Refine = Annotated[str, typer.Option(help="Sharpen maps: f2pad, difference, grabcut, guided, blur, or none.")]
 RefineAll = Annotated[bool, typer.Option("--refine-all", help="Refine pictures whose verdict is ok, too.")]

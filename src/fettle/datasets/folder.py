@@ -19,7 +19,7 @@ _DRAWN = frozenset(("panels", "overlays", "explanations", "templates", "contours
 def open_folder(root: Path) -> Dataset:
     """Every picture below `root`, at any depth, taken as good.
 
-    Hidden files and folders, names that don't end like a picture's, and what runs have drawn are passed over.
+    Names that don't end like a picture's are passed over, and what `picture_files` passes over.
 
     Raises:
         DataError: not a folder, empty, or without pictures.
@@ -34,7 +34,8 @@ def open_folder(root: Path) -> Dataset:
 def picture_files(root: Path) -> list[Path]:
     """All pictures below `root` by their names, sorted by path. Links are followed, each folder once.
 
-    Hidden ones are passed over, and what a run drew into a run folder that lies there.
+    Passed over are hidden ones, the masks of a labelled layout (ground_truth/ beside test/), and what a run
+    drew into a run folder that lies there.
     """
     return sorted(_walk(root), key=Path.as_posix)
 
@@ -47,8 +48,10 @@ def _walk(root: Path) -> Iterator[Path]:
             inner.clear()
             continue
         seen.add(real)
-        drawn = _DRAWN if RUN_JSON in names and _is_run(Path(folder)) else ()
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in drawn)
+        others = {"ground_truth"} if "test" in inner else set()
+        if RUN_JSON in names and _is_run(Path(folder)):
+            others |= _DRAWN
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in others)
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
                 yield Path(folder) / name
@@ -83,7 +86,7 @@ def check_folder(root: Path) -> None:
     except OSError as error:
         _cannot_list(error)
     if empty:
-        raise DataError(f"The folder '{root}' is empty.", "Put pictures of good parts into it.")
+        raise DataError(f"The folder '{root}' is empty.", "Put pictures into it.")
 
 
 def no_pictures(root: Path) -> DataError:

@@ -10,7 +10,7 @@ from fettle.datasets.magnetic_tile import looks_like_magnetic_tile, open_magneti
 from fettle.datasets.manifest import open_manifest
 from fettle.datasets.mvtec import looks_like_mvtec, open_mvtec
 from fettle.datasets.mvtec3d import looks_like_mvtec3d, open_mvtec3d
-from fettle.datasets.records import Dataset
+from fettle.datasets.records import GOOD, Dataset
 from fettle.datasets.visa import looks_like_visa, looks_like_visa_object, open_visa
 from fettle.errors import DataError, UsageError, nearest_name
 
@@ -72,7 +72,13 @@ def _detect(path: Path) -> str:
     if inner:
         raise DataError(
             f"'{path}' holds several products ({', '.join(inner)}), not one.",
-            f"Name one of them, such as '{path / inner[0]}', or learn all of them with --multi-class.",
+            f"Name one of them, such as '{path / inner[0]}'; 'fettle fit --multi-class' learns all of them.",
+        )
+    whole = path.absolute().parent
+    if path.absolute().name == "test" and (looks_like_mvtec(whole) or (whole / "ground_truth").is_dir()):
+        raise DataError(
+            f"'{path}' is the test part of '{whole.name}', so its pictures can't be taken as good.",
+            f"Name '{path / GOOD}' for the good ones, or '{whole}' for the product.",
         )
     if (path / "ground_truth").is_dir():
         raise DataError(

@@ -202,7 +202,8 @@ def _check_several(root: Path, layout: str | None) -> None:
         has = f"the layout '{layout}'" if layout else f"a folder '{part}'" if part else "pictures of its own"
         raise DataError(
             f"'{root}' is itself one product: it has {has}.",
-            f"Leave --multi-class away, or name the folder above it: '{root.absolute().parent}'.",
+            "To fit it, leave --multi-class away; to evaluate it, name it with --product; or give the folder "
+            f"above it, '{root.absolute().parent}'.",
         )
 
 
