@@ -5,7 +5,8 @@
     python onnx_runtime.py exported part.png more.png
 
 Prints one line a picture: its path, score and verdict. Frames "stretch" and "pad" are covered, for 8-bit
-pictures without a region of interest; others are refused. What the folder's files say is checked by hash.
+pictures in grey or colour without a region of interest. Other pictures are refused, and the rest goes on; the
+exit code is then 3. What the folder's files say is checked by hash.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 VERDICTS = ("ok", "review", "reject")
+MODES = ("L", "RGB")
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -46,7 +48,10 @@ def open_model(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, An
 
 def framed(path: Path, frame: dict[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """A picture as the graph takes it: (1, 3, H, W) in 0..1, and (1, 1, H, W), False on padding."""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    opened = Image.open(path)
+    if opened.mode not in MODES:
+        raise ValueError(f"its mode is {opened.mode}, not {' or '.join(MODES)}")
+    picture = ImageOps.exif_transpose(opened).convert("RGB")
     height, width = frame["height"], frame["width"]
     scaled = (height, width)
     if frame["mode"] == "pad":  # the whole picture, its aspect kept
@@ -66,10 +71,17 @@ def framed(path: Path, frame: dict[str, Any]) -> tuple[NDArray[np.float32], NDAr
 
 def main() -> None:
     session, frame = open_model(Path(sys.argv[1]))
+    refused = False
     for path in map(Path, sys.argv[2:]):
-        pictures, valid = framed(path, frame)
+        try:
+            pictures, valid = framed(path, frame)
+        except (OSError, ValueError) as error:
+            print(f"Refused: {path}: {error}.", file=sys.stderr)
+            refused = True
+            continue
         score, verdict = session.run(["score", "verdict"], {"pictures": pictures, "valid": valid})
         print(f"{path}  {score[0]:.6g}  {VERDICTS[verdict[0]]}")
+    sys.exit(3 if refused else 0)
 
 
 if __name__ == "__main__":

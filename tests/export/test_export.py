@@ -468,12 +468,17 @@ def test_example_gives_the_scores_of_inspect(frame: str, tmp_path: Path) -> None
     detector = fit(good, frame=frame)
     export_model(detector, tmp_path / "model", "onnx")
     paths = sorted(good.iterdir())[:2]
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    Image.fromarray(np.full((48, 72), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    asked = [tmp_path / "damaged.png", tmp_path / "deep.png", *paths]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(tmp_path / "model"), *map(str, paths)],
+        [sys.executable, str(EXAMPLE), str(tmp_path / "model"), *map(str, asked)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 3
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == [str(p) for p in asked[:2]]
     for line, answer in zip(done.stdout.splitlines(), detector.inspect(paths), strict=True):
         assert isinstance(answer, Inspection)
         path, score, verdict = line.split()

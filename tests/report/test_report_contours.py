@@ -131,6 +131,14 @@ def test_pictures_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
     assert [int((png(tmp_path, name) > 0).sum()) for name in ("a", "a_2", "a_3")] == [45, 0, 4]
 
 
+def test_known_pictures_of_one_name_are_told_by_their_folders(tmp_path: Path) -> None:
+    paths = [Path("dent/a.png"), Path("good/a.png"), Path("good/b.png")]
+    with ContourWriter(tmp_path, ["png"], 0.5, paths=paths) as writer:
+        for path in paths:
+            writer.add(inspection(str(path), values(BOX)))
+    assert files(tmp_path) == ["png/b.png", "png/dent_a.png", "png/good_a.png"]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_only_the_formats_asked_for_are_written(name: str, tmp_path: Path) -> None:
     write(tmp_path, inspection("a.png", values(BOX)), formats=[name])

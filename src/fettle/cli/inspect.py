@@ -68,7 +68,9 @@ def inspect(
     with (
         Screen() as screen,
         open_run(detector, out, product=product, overlays=overlays, explain=explain, refiner=refiner) as run,
-        ContourWriter(out, formats, detector.calibration_of(product).pixel_threshold, min_area) as outlines,
+        ContourWriter(
+            out, formats, detector.calibration_of(product).pixel_threshold, min_area, pictures
+        ) as outlines,
     ):
 
         def note(sentence: str | None) -> None:

@@ -154,7 +154,7 @@ def make_f2pad_config(preset: str, settings: Mapping[str, object]) -> F2PADConfi
         what = first["msg"].removeprefix("Value error, ")
         place = ".".join(str(part) for part in first["loc"])
         named = f"Field '{place}' of F2PAD cannot be {first['input']!r}: {what}." if place else f"{what}."
-        raise ConfigError(named, "Correct the value that was given.") from error
+        raise ConfigError(named, "Correct it; lists are written [1,2], and no value is null.") from error
 
 
 class Lengths:

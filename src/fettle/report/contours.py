@@ -4,6 +4,8 @@ OUT/contours/coco.json            one file for all pictures
 OUT/contours/labelme/NAME.json    a file a picture
 OUT/contours/yolo/NAME.txt        a file a picture
 OUT/contours/png/NAME.png         masks of the pictures' own sizes
+
+NAME is the picture's without suffix, with its folder's in front (FOLDER_NAME) where others have the same.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,11 +37,17 @@ class ContourWriter:
         out: the run folder.
         formats: of `FORMATS`; with none, nothing is written.
         min_area_px: smaller regions are left out.
+        paths: of all pictures to come, as far as they are known: which names come more than once.
         pixel_threshold: where no refiner says otherwise, regions are where the map is above; None: none are.
     """
 
     def __init__(
-        self, out: Path, formats: Sequence[str], pixel_threshold: float | None, min_area_px: int = 1
+        self,
+        out: Path,
+        formats: Sequence[str],
+        pixel_threshold: float | None,
+        min_area_px: int = 1,
+        paths: Iterable[Path] = (),
     ) -> None:
         self._min_area = min_area_px
         self._folder = out / "contours"
@@ -46,6 +55,7 @@ class ContourWriter:
         self._threshold = math.inf if pixel_threshold is None else pixel_threshold
         self._pictures: list[OutlinedPicture] = []
         self._names: set[str] = set()
+        self._stems = Counter(safe_stem(path.name) for path in paths)
         self._clear()
         for name in formats:
             folder = self._folder / name if name in _SUFFIXES else self._folder
@@ -96,8 +106,11 @@ class ContourWriter:
             return str(Path(path).absolute())
 
     def _name(self, path: str) -> str:
-        """The picture's stem; with a number where another picture has the same."""
-        stem = name = safe_stem(path)
+        """The picture's own, told from others; with a number where the folder's name is not enough."""
+        stem = safe_stem(path)
+        if self._stems[stem] > 1 and (folder := Path(path).parent.name):
+            stem = f"{safe_stem(folder)}_{stem}"
+        name = stem
         number = 1
         while name in self._names:
             number += 1
