@@ -171,6 +171,40 @@ def test_group_column_makes_the_promise_count_groups(good: Path, tmp_path: Path)
         fit(manifest, group="lots")
 
 
+def test_recalibration_groups_as_the_fit_did(good: Path, tmp_path: Path) -> None:
+    def manifest(folder: Path, name: str) -> Path:
+        rows = [
+            (str(p), "good", "", "", "", f"tray {i // 5}") for i, p in enumerate(sorted(folder.iterdir()))
+        ]
+        return write_manifest(tmp_path / name, rows, "tray")
+
+    detector = fit(manifest(good, "fit.csv"), group="tray")
+    fresh = write_good(tmp_path / "fresh", 20, first_seed=6000)
+    moved = detector.recalibrated(manifest(fresh, "fresh.csv"))
+    assert (moved.calibration.num_pictures, moved.calibration.num_groups) == (20, 4)
+    assert moved.calibration.promise_on is None and not moved.card["calibration_notes"]
+    plain = detector.recalibrated(fresh)
+    assert plain.calibration.num_groups is None
+    assert any("fitted by 'tray', which these pictures lack" in warning for warning in plain.warnings())
+    with pytest.raises(CalibrationError, match="4 groups of good pictures cannot promise"):
+        detector.recalibrated(manifest(fresh, "fresh.csv"), strict=True)
+
+
+def test_wrong_arguments_are_refused_at_once(detector: Detector, good: Path, tmp_path: Path) -> None:
+    picture = good / "000.png"
+    for one in (str(picture), picture):
+        with pytest.raises(UsageError, match="One path is given"):
+            detector.inspect(one)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="A batch of 0"):
+        detector.inspect([picture], batch_size=0)
+    with pytest.raises(UsageError, match="no refiner"):
+        detector.inspect([picture], refine="nonsense")
+    detector.save(tmp_path / "model")
+    for call in (lambda: fit(good, device="gpu"), lambda: Detector.load(tmp_path / "model", device="gpu")):
+        with pytest.raises(UsageError, match="The device 'gpu' cannot be used here"):
+            call()
+
+
 @pytest.mark.parametrize("mode", ["leave_one_out", "holdout", "kfold", "cross"])
 def test_every_way_of_calibration_promises_and_finds_the_defect(
     good: Path, tmp_path: Path, mode: str

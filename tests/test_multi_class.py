@@ -113,18 +113,46 @@ def test_labels_of_products_do_not_reach_the_network(root: Path, tmp_path: Path)
     assert first.calibration.scores == second.calibration.scores
 
 
-def test_fresh_pictures_set_every_product_anew(detector: Detector, root: Path, tmp_path: Path) -> None:
-    for number, name in enumerate(PRODUCTS[:2]):
-        folder = tmp_path / name
-        folder.mkdir()
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """22 good pictures of each product."""
+    for number, name in enumerate(PRODUCTS):
+        folder = tmp_path / "fresh" / name
+        folder.mkdir(parents=True)
         for i in range(22):
             pixels = textured(5000 + 100 * number + i) // 2 + 40 * number
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    fresh = detector.recalibrated(tmp_path)
-    assert fresh.product_calibrations["bolt"].num_scores == 22
-    assert fresh.product_calibrations["plate"] == detector.product_calibrations["plate"]
-    assert fresh.calibration.num_scores == 44
-    assert any("plate" in warning for warning in fresh.warnings())
+    return tmp_path / "fresh"
+
+
+def test_fresh_pictures_set_every_product_anew(detector: Detector, fresh: Path) -> None:
+    moved = detector.recalibrated(fresh)
+    assert all(own.num_scores == 22 for own in moved.product_calibrations.values())
+    assert moved.calibration.num_scores == 66
+    assert not moved.card["calibration_notes"]
+
+
+def test_without_fresh_pictures_of_all_the_shared_thresholds_stay(detector: Detector, fresh: Path) -> None:
+    """They come from all products. What is said of one calibration is not said of the next."""
+    whole = detector.recalibrated(fresh)
+    for moved in (
+        detector.recalibrated(fresh, product="nut"),
+        detector.recalibrated(fresh / "nut", product="nut"),
+    ):
+        assert moved.product_calibrations["nut"] == whole.product_calibrations["nut"]
+        assert moved.product_calibrations["plate"] == detector.product_calibrations["plate"]
+        assert moved.calibration == detector.calibration
+        assert moved.card["promise"] == " ".join(detector.calibration.sentences())
+        assert any("No fresh picture of bolt, plate" in warning for warning in moved.warnings())
+        assert moved.recalibrated(fresh).warnings() == detector.warnings()
+    with pytest.raises(DataError, match="--product"):
+        detector.recalibrated(fresh / "nut")
+
+
+def test_a_model_of_one_product_is_not_calibrated_for_another(root: Path) -> None:
+    alone = Detector.fit(root / "nut", **TINY)
+    with pytest.raises(UsageError, match="knows no products"):
+        alone.recalibrated(root / "nut", product="nut")
 
 
 @pytest.mark.parametrize(

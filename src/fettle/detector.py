@@ -28,6 +28,7 @@ from fettle.memory import views_together
 from fettle.methods.registry import find_method, method_names
 from fettle.model_folder import read_model, write_model
 from fettle.model_parts import pack, unpack
+from fettle.processes import check_device
 from fettle.protocols import (
     Explains,
     Json,
@@ -127,7 +128,8 @@ class Detector:
 
     def warnings(self) -> list[str]:
         """What a user should know of this model: fallbacks, refused pictures, weak spots."""
-        return cast("list[str]", self.card["warnings"])
+        of_calibration = cast("list[str]", self.card.get("calibration_notes", []))
+        return [*cast("list[str]", self.card["warnings"]), *of_calibration]
 
     def describe(self, product: str = "") -> dict[str, Json]:
         """The model card in full: what it learnt from, with what, and what it promises (for a product)."""
@@ -236,13 +238,18 @@ class Detector:
                 `memory.views_together`. It changes no answer.
             refine: name of a refiner, or one made by `refiner`; by name it takes pictures whose verdict is
                 review or reject.
+
+        Raises:
+            UsageError: an unknown product or refiner, no batch, or one path in place of several.
         """
+        if isinstance(paths, str | Path):
+            raise UsageError("One path is given where several are meant.", "Write inspect([path]).")
         items = (Path(path) for path in paths)
         refiner = self.refiner(refine) if isinstance(refine, str) else refine
-        for answer in self.inspect_items(
+        answers = self.inspect_items(
             items, lambda p: p, product=product, batch_size=batch_size, refiner=refiner
-        ):
-            yield answer.inspection if isinstance(answer, Inspected) else answer[1]
+        )
+        return (answer.inspection if isinstance(answer, Inspected) else answer[1] for answer in answers)
 
     def inspect_items(
         self,
@@ -265,7 +272,7 @@ class Detector:
             refiner: made by `refiner`; None: maps stay as they are.
 
         Raises:
-            UsageError: an unknown product, or a method that cannot explain.
+            UsageError: an unknown product, no batch, or a method that cannot explain.
         """
         self.calibration_of(product)  # a wrong name is refused now
         inspector = self._inspector(path_of, lambda item: product, batch_size, rules, explain, refiner)
@@ -280,6 +287,8 @@ class Detector:
         explain: bool = False,
         refiner: Refiner | None = None,
     ) -> Inspector[Item]:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"A batch of {batch_size} is none.", "Give batch_size 1 or more.")
         return Inspector(
             methods=(self.method, *self.fold_methods),
             frame=self.frame,
@@ -364,6 +373,7 @@ class Detector:
         good: Path | str | Dataset | Sequence[Path],
         *,
         target_frr: float | None = None,
+        product: str = "",
         group: str | None = None,
         template: Path | str | None = None,
         template_product: str = "",
@@ -377,6 +387,9 @@ class Detector:
 
         Args:
             target_frr: share of good parts that may be rejected; None keeps the model's.
+            product: of a model of several: `good` is of this one, or it alone is taken from it. Thresholds of
+                others stay, and so do the shared ones, which come from all.
+            group: column of pictures that belong together; None: that of the fit, where these have it.
             template: a good picture for the method to compare with from now on. Scores change with it, so
                 every product needs fresh pictures.
             template_product: the product whose template it replaces; "" where there is one template.
@@ -384,17 +397,27 @@ class Detector:
         Raises:
             DataError: no fresh good picture, or none of some product where the template changes.
             CalibrationError: `strict`, and too few of them.
-            UsageError: a template, and the method takes none; an exported model. PictureError: it cannot be
-                read.
+            UsageError: a template, and the method takes none; a product of a model of one; an exported model.
+            PictureError: the template cannot be read.
         """
         self.refuse_exported("keeps its thresholds, which lie in its graph")
         if template_product and template is None:
             raise UsageError("A template's product is named, but no template.", "Give --template FILE too.")
         by_product = bool(self.product_calibrations)
+        if product and not by_product:
+            raise UsageError("The model knows no products.", "Leave --product out.")
 
         def gather() -> GatheredPictures:
-            known = self.open_labelled(Path(good)) if by_product and isinstance(good, Path | str) else good
-            gathered = gather_good(_good_records(known), group, progress, by_product=by_product)
+            known = by_product and isinstance(good, Path | str)
+            fresh = self.open_labelled(Path(cast(str, good)), product) if known else _good_records(good)
+            if product:
+                fresh = replace(fresh, records=tuple(r for r in fresh.records if r.product == product))
+            usual = cast("str | None", cast("dict[str, Json]", self.card["data"])["group_column"])
+            if group is None and usual and any(record.columns.get(usual) for record in fresh.records):
+                column: str | None = usual
+            else:
+                column = group
+            gathered = gather_good(fresh, column, progress, by_product=by_product)
             for name in sorted({picture.product for picture in gathered.pictures}):
                 self.calibration_of(name)  # an unknown product is refused before the work
             return gathered
@@ -430,8 +453,10 @@ class Detector:
         Raises:
             ModelFolderError: the folder is no model, or damaged, altered, too new or unsafe; or an exported
                 one that is too far from the model that it was made from.
-            UsageError: the engine of an exported model is not installed, or it is pt2 and not trusted.
+            UsageError: the engine of an exported model is not installed, or it is pt2 and not trusted; the
+                device cannot be used.
         """
+        check_device(device)
         stored = read_model(Path(folder))
         refuse_unproven(Path(folder), stored.content.get("export"), trusted)
         try:

@@ -28,11 +28,12 @@ from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_fr
 from fettle.judged import Calibrations, calibrate_judged
 from fettle.judging import CalibrationMode, Fitter
 from fettle.methods.registry import find_method, make_config
+from fettle.processes import check_device, process_device
 from fettle.protocols import Json, Method, Progress, Run, Templated
 from fettle.refine.references import MAX_REFERENCES
 from fettle.refining import ForRefiners, learn_for_refiners, raw_scale
 from fettle.templates import judge_templates
-from fettle.training import TrainingConfig, process_device
+from fettle.training import TrainingConfig
 
 
 class FitRequest(BaseModel):
@@ -115,7 +116,8 @@ def make_request(settings: Mapping[str, object]) -> FitRequest:
     """A request from keyword arguments.
 
     Raises:
-        UsageError: an unknown name, a value that it does not take, or products without multi_class.
+        UsageError: an unknown name, a value that it does not take, products without multi_class, or a
+            device that cannot be used.
     """
     known = FitRequest.model_fields
     for name in settings:
@@ -124,13 +126,15 @@ def make_request(settings: Mapping[str, object]) -> FitRequest:
     if settings.get("products") and not settings.get("multi_class"):
         raise UsageError("Products are chosen without multi-class.", "Add --multi-class.")
     try:
-        return FitRequest.model_validate(dict(settings))
+        request = FitRequest.model_validate(dict(settings))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UsageError(
             f"The setting '{place}' cannot be {first['input']!r}: {first['msg']}.", "Correct it."
         ) from error
+    check_device(request.device)
+    return request
 
 
 @dataclass(frozen=True)

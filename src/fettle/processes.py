@@ -34,6 +34,20 @@ def process_device(device: str) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if several and device == "cuda" else device
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here. Raises UsageError."""
+    import torch
+
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UsageError(
+            f"The device '{device}' cannot be used here ({reason}).",
+            "'fettle doctor' lists the devices; 'cpu' always works.",
+        ) from error
+
+
 def choose_precision(wanted: Literal["auto", "fp32", "bf16"], device: str) -> Precision:
     """The precision of a training: "auto" takes bfloat16 on a GPU that computes it, else float32.
 

@@ -42,6 +42,8 @@ def recalibrate(
             left out.
         target_frr: None keeps the model's.
 
+    Thresholds shared by all products come from all of them, so they stay where one has no fresh picture.
+
     Raises:
         DataError: no fresh picture, or none of some product where the template changes.
         CalibrationError: `strict`, and too few of them.
@@ -87,21 +89,27 @@ def recalibrate(
         card["templates"] = found.card
         warnings = [words for words in warnings if not str(words).startswith(UNUSUAL_TEMPLATE)]
         warnings += found.warnings
+    notes: list[Json] = []
     if num_known:
-        warnings.append(f"{num_known} calibration pictures were learnt from and were left out.")
+        notes.append(f"{num_known} calibration pictures were learnt from and were left out.")
+    column = cast("dict[str, Json]", card["data"])["group_column"]
+    if gathered.column is None and column:
+        notes.append(f"The model was fitted by '{column}', which these pictures lack: each counts by itself.")
     unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
     for_refiners = parts.for_refiners
-    if for_refiners is not None:
+    shared = parts.calibrations.shared if missing else calibrations.shared
+    if for_refiners is not None and not missing:
         scale = EnergyScale() if template is None else raw_scale(judged)  # else they are settled already
-        for_refiners = relearn_for_refiners(
-            for_refiners, fresh, judged, calibrations.shared, parts.frame, scale
+        for_refiners = relearn_for_refiners(for_refiners, fresh, judged, shared, parts.frame, scale)
+    if missing:
+        notes.append(
+            f"No fresh picture of {', '.join(missing)}: the former thresholds stay, and those shared by all."
         )
-    kept = sorted(set(products) - set(calibrations.by_product))
-    stay = [f"No fresh picture of {', '.join(kept)}: the former thresholds stay."] if kept else []
     card["calibration_refused"] = unread
-    card["promise"] = " ".join(calibrations.shared.sentences())
-    card["warnings"] = [*warnings, *unread, *stay]
-    both = Calibrations(calibrations.shared, {**products, **calibrations.by_product})
+    card["promise"] = " ".join(shared.sentences())
+    card["warnings"] = warnings
+    card["calibration_notes"] = [*notes, *unread]
+    both = Calibrations(shared, {**products, **calibrations.by_product})
     return FittedParts(method, (), parts.frame, both, card, for_refiners)
 
 

@@ -286,6 +286,19 @@ def test_levels_are_strides_4_8_16_or_three_blocks() -> None:
 # --- scores
 
 
+def test_an_answer_has_the_same_bits_alone_and_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = features(7)
+    method = fitted(made)
+    chosen = {name: level[:, :] for name, level in made.items()}
+    monkeypatch.setattr(method, "features", lambda pictures, valid: chosen)
+    valid = torch.ones(7, 1, 64, 64, dtype=torch.bool)
+    with torch.no_grad():
+        together = method(valid, valid).score
+        for i in range(7):
+            chosen = {name: level[i : i + 1] for name, level in made.items()}
+            assert torch.equal(method(valid[:1], valid[:1]).score[0], together[i])
+
+
 def test_map_is_the_distance_from_the_gaussian_of_each_position() -> None:
     """Without blur, and with the grid as large as the map's own cells, the peak is the distance's."""
     method = padim(channels=12, sigma=0)

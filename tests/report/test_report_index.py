@@ -102,5 +102,8 @@ def test_links_lead_to_the_reports_whatever_they_are_called(tmp_path: Path, name
 
 
 def test_the_page_asks_nothing_of_a_network(tmp_path: Path) -> None:
-    html = write_index(tmp_path / "report.html", {"cap": metrics()}, {"cap": tmp_path / "r.html"}).read_text()
+    own = ({"cap": metrics()}, {"cap": tmp_path / "r.html"})
+    assert "has learnt from 2 of" in write_index(tmp_path / "seen.html", *own, num_seen=2).read_text()
+    html = write_index(tmp_path / "report.html", *own).read_text()
+    assert "has learnt from" not in html
     assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "")

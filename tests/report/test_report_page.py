@@ -75,10 +75,11 @@ def add(
     truth: str | None = None,
     regions: tuple[Region, ...] = (),
     notes: tuple[str, ...] = (),
+    refinement: dict[str, Json] | None = None,
 ) -> None:
     verdict = Verdict.REJECT if score > 0.6 else Verdict.REVIEW if score > 0.4 else Verdict.OK
     flat = np.zeros((SIDE, SIDE), np.float32)
-    answer = Inspection(path, score, verdict, regions, flat, flat == 0, notes=notes)
+    answer = Inspection(path, score, verdict, regions, flat, flat == 0, notes=notes, refinement=refinement)
     run.add(answer, np.zeros((SIDE, SIDE, 3), np.uint8), truth=truth)
 
 
@@ -291,6 +292,34 @@ def test_strip_links_to_the_overlay_where_there_is_one(tmp_path: Path) -> None:
         with start(tmp_path, overlays) as run:
             add(run, "d/1.png", 0.9)
         assert Page(write_report(tmp_path)).all("a")[0]["href"] == target
+
+
+def test_what_a_refiner_did_is_told(tmp_path: Path) -> None:
+    thresholds = Thresholds()  # without a pixel threshold contours are the refiner's
+    with RunWriter(tmp_path, card=CARD, thresholds=thresholds, overlays=False) as run:
+        add(run, "1.png", 0.9, refinement={"refined": "yes", "applied": True})
+        add(run, "2.png", 0.2, refinement={"refined": "gate", "applied": False, "gate_reason": "verdict_ok"})
+    words = " ".join(Page(write_report(tmp_path)).words)
+    assert "refined: yes" in words and "refined: gate, verdict_ok" in words
+    assert "found: the refiner's mask" in words and "there are no contours" not in words
+    with RunWriter(tmp_path, card=CARD, thresholds=thresholds, overlays=False) as run:
+        add(run, "2.png", 0.2)
+    words = " ".join(Page(write_report(tmp_path)).words)
+    assert "refined" not in words and "found:" not in words and "there are no contours" in words
+
+
+def test_known_pictures_and_boundaries_are_told(tmp_path: Path) -> None:
+    with start(tmp_path) as run:
+        add(run, "scratch/1.png", 0.9, "scratch")
+        run.finish({**METRICS, "num_seen_in_fit": 3, "iou": 0.25, "boundary_f": 0.5, "hd95": 12.34})
+    page = Page(write_report(tmp_path))
+    assert "has learnt from 3 of these pictures" in " ".join(page.words)
+    for label, value in (
+        ("IoU", "0.2500"),
+        ("Boundary F (2 px)", "0.5000"),
+        ("Hausdorff distance, 95 %", "12.3 px"),
+    ):
+        assert page.words[page.words.index(label) + 1] == value
 
 
 def test_a_stopped_run_is_told_and_missing_panels_break_nothing(tmp_path: Path) -> None:

@@ -273,7 +273,8 @@ def calibrate(
     n = len(ordered)
     needed = needed_pictures(target_frr, confidence)
     if strict and n < needed:
-        order_statistic(n, target_frr, confidence)  # raises, and says what is needed
+        counted = "good pictures" if groups is None else "groups of good pictures"
+        order_statistic(n, target_frr, confidence, counted)  # raises, and says what is needed
     k_review, k_reject = (
         order_statistic(n, alpha, confidence) if n >= needed_pictures(alpha, confidence) else None
         for alpha in (alpha_review, target_frr)

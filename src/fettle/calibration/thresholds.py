@@ -39,13 +39,15 @@ def lowest_rate(n: int, confidence: float | None = None) -> float:
     return 1 / (n + 1) if confidence is None else float(1 - _risk(confidence) ** (1 / n))
 
 
-def order_statistic(n: int, alpha: float, confidence: float | None = None) -> int:
+def order_statistic(
+    n: int, alpha: float, confidence: float | None = None, counted: str = "good pictures"
+) -> int:
     """Which of n scores, sorted ascending and counted from 1, is the threshold. A score above it is rejected.
 
     Args:
         n: number of calibration scores.
         alpha: false-reject rate promised, between 0 and 1.
-        confidence: as in `needed_pictures`.
+        confidence: as in `needed_pictures`. counted: what n is the number of, for the refusal.
 
     Raises:
         CalibrationError: n is too small; the needed count is named.
@@ -55,8 +57,8 @@ def order_statistic(n: int, alpha: float, confidence: float | None = None) -> in
     if n < needed:
         lowest = f" (the lowest rate that they can is {lowest_rate(n, confidence):.6f})" if n > 0 else ""
         raise CalibrationError(
-            f"{n} good pictures cannot promise a false-reject rate of {alpha:g}{lowest}.",
-            f"Give at least {needed} good pictures, or promise a higher rate.",
+            f"{n} {counted} cannot promise a false-reject rate of {alpha:g}{lowest}.",
+            f"Give at least {needed} {counted}, or promise a higher rate.",
         )
     if confidence is None:
         return rates.conformal_rank(n, alpha)

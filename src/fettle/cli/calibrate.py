@@ -10,6 +10,7 @@ import typer
 
 from fettle.cli.console import Screen, print_json
 from fettle.cli.options import AsJson, Model, Out, check_model_out, check_share
+from fettle.cli.runs import print_promises
 
 
 def calibrate(
@@ -18,6 +19,13 @@ def calibrate(
     out: Out,
     target_frr: Annotated[
         float | None, typer.Option(help="Share of good parts that may be rejected; default: as before.")
+    ] = None,
+    product: Annotated[
+        str, typer.Option(help="Of a model of several products: set the thresholds of this one alone.")
+    ] = "",
+    group: Annotated[
+        str | None,
+        typer.Option(help="Column of pictures that belong together; default: the fit's, where there is one."),
     ] = None,
     template: Annotated[
         Path | None, typer.Option(help="Good picture to compare with from now on, in place of the former.")
@@ -38,6 +46,8 @@ def calibrate(
         detector = Detector.load(model).recalibrated(
             good,
             target_frr=target_frr,
+            product=product,
+            group=group,
             template=template,
             template_product=template_of,
             strict=strict,
@@ -60,7 +70,6 @@ def calibrate(
             }
         )
     else:
-        for sentence in calibration.sentences():
-            print(sentence)
+        print_promises(detector)
     if detector.card["calibration_refused"]:
         raise typer.Exit(3)

@@ -14,14 +14,13 @@ from fettle.cli.options import (
     AsJson,
     Out,
     check_choice,
-    check_device,
     check_model_out,
     check_share,
     parse_names,
     parse_roi,
     parse_settings,
 )
-from fettle.cli.runs import say_refused
+from fettle.cli.runs import print_promises, say_refused
 from fettle.protocols import Json, no_progress, no_words
 
 if TYPE_CHECKING:
@@ -93,7 +92,6 @@ def fit(
     check_choice("frame", frame, get_args(FrameMode))
     check_choice("calibration", calibration, get_args(CalibrationMode))
     check_share("target-frr", target_frr)
-    check_device(device)
     check_model_out(out)
 
     training_dir = out.with_name(f"{out.absolute().name}.training")
@@ -162,19 +160,17 @@ def fit(
 def _print_model(detector: Detector, out: Path, method: str, preset: str, seconds: float) -> None:
     """What was fitted and what it promises, for a person."""
     promised = detector.calibration
+    groups = "" if promised.num_groups is None else f", in {promised.num_groups} groups"
     print_facts(
         {
             "model": out,
             "method": f"{method}, {preset}, backbone {detector.method.backbone.spec.id}",
             "frame": f"{detector.frame.width} x {detector.frame.height} px: {detector.frame.reason}",
-            "pictures": f"{detector.num_fit} learnt from, {promised.num_scores} calibrated on",
+            "pictures": f"{detector.num_fit} learnt from, {promised.num_pictures} calibrated on{groups}",
             "seconds": f"{seconds:.1f}",
         }
     )
-    for sentence in promised.sentences():
-        print(sentence)
-    for name, own in detector.product_calibrations.items():
-        print(f"{name}: {' '.join(own.sentences()[:2])}")
+    print_promises(detector)
 
 
 def _products(detector: Detector) -> dict[str, Json]:

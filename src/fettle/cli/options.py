@@ -89,20 +89,6 @@ def check_share(option: str, value: float | None) -> None:
         raise UsageError(f"--{option} {value:g} is not between 0 and 1.", "Give a share: 0.01 is 1 %.")
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch cannot use here. Raises UsageError."""
-    import torch
-
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UsageError(
-            f"The device '{device}' cannot be used here ({reason}).",
-            "'fettle doctor' lists the devices; 'cpu' always works.",
-        ) from error
-
-
 def check_model_out(out: Path, *, exported: bool = False) -> None:
     """Refuse a folder that a model cannot be written to: now, not after the work.
 

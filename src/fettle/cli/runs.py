@@ -82,6 +82,14 @@ def add_or_refuse(
     return True
 
 
+def print_promises(detector: Detector) -> None:
+    """What a model promises, and for each product, for a person."""
+    for sentence in detector.calibration.sentences():
+        print(sentence)
+    for name, own in detector.product_calibrations.items():
+        print(f"{name}: {' '.join(own.sentences()[:2])}")
+
+
 def say_refused(screen: Screen, reasons: Sequence[str]) -> None:
     """Name refused pictures; the first ones where there are many."""
     for reason in reasons[:_MOST_NAMED]:

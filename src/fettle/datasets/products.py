@@ -202,8 +202,8 @@ def _check_several(root: Path, layout: str | None) -> None:
         has = f"the layout '{layout}'" if layout else f"a folder '{part}'" if part else "pictures of its own"
         raise DataError(
             f"'{root}' is itself one product: it has {has}.",
-            "To fit it, leave --multi-class away; to evaluate it, name it with --product; or give the folder "
-            f"above it, '{root.absolute().parent}'.",
+            "To fit it, leave --multi-class away; to evaluate or calibrate, name it with --product; or "
+            f"give the folder above it, '{root.absolute().parent}'.",
         )
 
 

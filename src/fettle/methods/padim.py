@@ -34,6 +34,7 @@ from fettle.protocols import (
     Traits,
 )
 
+_TOGETHER = 4  # pictures; a multiplication by W waits for memory, and one picture takes as long
 _FEW = 20  # below so many pictures the distance is ruled by directions never seen
 _MIB = 1 << 20
 _TOGETHER = 16  # pictures that are left out at once: the basis is then read once for all of them
@@ -281,8 +282,14 @@ class Padim(nn.Module):
     def _squared_distance(self, pictures: Tensor, valid: Tensor) -> Tensor:
         """||W (x - mu)||^2, (B, h, w)."""
         features = self.features(pictures, valid)
-        rows = self._rows(features)  # (P, B, d)
-        whitened = torch.bmm(rows - self.mean[:, None], self._dense_whitening().mT)
+        deviations = self._rows(features) - self.mean[:, None]  # (P, B, d)
+        whitening = self._dense_whitening().mT
+        if torch.compiler.is_exporting():
+            whitened = torch.bmm(deviations, whitening)
+        else:  # always so many pictures: how a product rounds depends on their number
+            padded = F.pad(deviations, (0, 0, 0, -deviations.shape[1] % _TOGETHER))
+            each = [torch.bmm(few.contiguous(), whitening) for few in padded.split(_TOGETHER, dim=1)]
+            whitened = torch.cat(each, dim=1)[:, : deviations.shape[1]]
         return torch.unflatten(whitened.square().sum(dim=2).T, 1, features[self.levels[0]].shape[-2:])
 
     def _maps(self, distance: Tensor, valid: Tensor) -> Maps:

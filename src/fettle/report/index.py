@@ -26,6 +26,7 @@ def write_index(
     results: Mapping[str, Mapping[str, Json]],
     reports: Mapping[str, Path],
     together: Mapping[str, Mapping[str, Json]] | None = None,
+    num_seen: int = 0,
 ) -> Path:
     """Write a page with one line a product: its figures and a link to its report.
 
@@ -34,6 +35,7 @@ def write_index(
         results: product -> the keys of `Detector.evaluate`.
         reports: product -> its report's page, linked relative to `path`.
         together: lines over all products, below: their mean, all pooled.
+        num_seen: pictures that the model has learnt from.
     """
     from markupsafe import Markup
 
@@ -47,7 +49,7 @@ def write_index(
     ]
     rows += [(name, "", _cells(r)) for name, r in (together or {}).items()]
     html = environment.get_template("index.html.j2").render(
-        style=Markup(style), columns=[*_COLUMNS.values(), *_RATES], rows=rows
+        style=Markup(style), columns=[*_COLUMNS.values(), *_RATES], rows=rows, num_seen=num_seen
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")

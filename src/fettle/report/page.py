@@ -80,6 +80,7 @@ class _Digest:
     misses: _Best = field(default_factory=lambda: _Best(_MOST_MISTAKES))
     false_rejects: _Best = field(default_factory=lambda: _Best(_MOST_MISTAKES))
     refusals: list[Row] = field(default_factory=list)
+    refined: bool = False  # whether a refiner's map took the place of a picture's own
 
     def take(self, row: Row) -> None:
         self.counts.count(row.verdict)
@@ -93,6 +94,7 @@ class _Digest:
         self.verdicts.append(row.verdict)
         self.truths.append(row.truth)
         self.top.offer(row.score, row)
+        self.refined |= (row.refinement or {}).get("applied") is True
         if row.truth is None:
             return
         if row.truth != GOOD and row.verdict == Verdict.OK:
@@ -184,6 +186,8 @@ def _context(out: Path, run: dict[str, Json], digest: _Digest, environment: Envi
         "templates": _templates(out, run),
         "model_card": {**card, "thresholds": dict(thresholds)},
         "heat": _heat_legend(cuts["pixel"]),
+        "found": _found(cuts["pixel"], digest.refined),
+        "num_seen": metrics.get("num_seen_in_fit") or 0,
         "explanation": _explanation(_mapping(run.get("explanation")), cuts["pixel"]),
     }
 
@@ -242,7 +246,7 @@ def _card(out: Path, row: Row) -> Card:
         verdict=row.verdict or "",
         truth=row.truth or "",
         regions=_regions_words(row),
-        notes="; ".join(printable(note) for note in row.notes),
+        notes="; ".join(printable(note) for note in (*row.notes, *_refined_words(row))),
         strip=strip,
         strip_size=size or (0, 0),
         link=overlay or strip,
@@ -280,6 +284,21 @@ def _regions_words(row: Row) -> str:
     return f"{len(row.regions)} regions, the largest {size}"
 
 
+def _refined_words(row: Row) -> list[str]:
+    """What a refiner did, and why not where it did nothing; nothing where there was none."""
+    if row.refinement is None:
+        return []
+    state, reason = (row.refinement.get(key) for key in ("refined", "gate_reason"))
+    return [f"refined: {state}, {reason}" if reason else f"refined: {state}"]
+
+
+def _found(pixel_threshold: float | None, refined: bool) -> str:
+    """What the contours enclose; nothing where there are none."""
+    if pixel_threshold is not None:
+        return "the map is above the pixel threshold"
+    return "the refiner's mask, where it applied one" if refined else ""
+
+
 def _heat_legend(pixel_threshold: float | None) -> dict[str, object]:
     if scale_is_fixed(pixel_threshold):
         ticks = ("0", f"{pixel_threshold:.3g}", f"≥ {2 * pixel_threshold:.3g}")
@@ -289,7 +308,7 @@ def _heat_legend(pixel_threshold: float | None) -> dict[str, object]:
         "caption": heat_caption(pixel_threshold),
         "gradient": _gradient(),
         "ticks": ticks,
-        "contour": _css(CONTOUR_COLOUR) if pixel_threshold is not None else "",
+        "contour": _css(CONTOUR_COLOUR),
         "mask": _css(MASK_COLOUR),
     }
 

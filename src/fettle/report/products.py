@@ -66,10 +66,11 @@ def write_products_report(out: Path) -> Path:
         names = cast("dict[str, str]", content["folders"])
         results = cast("dict[str, dict[str, Json]]", content["metrics"]["per_product"])
         together = {name: content["metrics"][name] for name in ("mean", "pooled")}
+        num_seen = int(content["metrics"].get("num_seen_in_fit", 0))
         if any(Path(name).name != name for name in names.values()) or set(names) != set(results):
             raise ValueError("its folders do not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' can't be used ({error}).", remedy) from error
     reports = {product: write_report(out / name) for product, name in names.items()}
     lines = {"mean": together["mean"], "pooled, one shared threshold": together["pooled"]}
-    return write_index(out / "report.html", results, reports, lines)
+    return write_index(out / "report.html", results, reports, lines, num_seen)

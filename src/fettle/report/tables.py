@@ -54,7 +54,10 @@ _PIXEL = {
     "pixel_f1max": "Pixel F1-max",
     "aupro": "AUPRO (FPR to 0.3)",
     "aupro_005": "AUPRO (FPR to 0.05)",
+    "iou": "IoU",
+    "boundary_f": "Boundary F (2 px)",
 }
+_LENGTHS = {"hd95": "Hausdorff distance, 95 %"}
 _RATES = {
     "frr_promised": ("False-reject rate, promised", ""),
     "frr_measured": ("False-reject rate, measured", "frr_interval"),
@@ -65,6 +68,7 @@ _NOTES = {
     "image_f1max": "the best threshold in hindsight, chosen on these labels",
     "pixel_f1max": "the best threshold in hindsight, chosen on these labels",
     "escape_rate": "defective pictures judged ok",
+    "iou": "of what is above the pixel threshold with the labelled defect, a mean over pictures",
 }
 _PER_DEFECT = {
     "image_auroc": "Image AUROC",
@@ -72,6 +76,8 @@ _PER_DEFECT = {
     "pixel_ap": "Pixel AP",
     "aupro": "AUPRO 0.3",
     "aupro_005": "AUPRO 0.05",
+    "iou": "IoU",
+    "boundary_f": "Boundary F",
 }
 
 
@@ -82,7 +88,7 @@ def figure_groups(metrics: Mapping[str, Json]) -> list[tuple[str, list[Figure]]]
     """The known figures among `metrics` under three headings; a null is "n/a", a missing key is left out."""
     groups = [
         ("Which pictures are defective", _ratios(metrics, _IMAGE)),
-        ("Where the defects are", _ratios(metrics, _PIXEL)),
+        ("Where the defects are", [*_ratios(metrics, _PIXEL), *_lengths(metrics)]),
         ("Reliability of the verdicts", _rates(metrics)),
     ]
     return [(title, figures) for title, figures in groups if figures]
@@ -92,6 +98,14 @@ def _ratios(metrics: Mapping[str, Json], labels: Mapping[str, str]) -> list[Figu
     return [
         Figure(label, ratio(metrics[key]), _NOTES.get(key, ""))
         for key, label in labels.items()
+        if key in metrics
+    ]
+
+
+def _lengths(metrics: Mapping[str, Json]) -> list[Figure]:
+    return [
+        Figure(label, NOT_KNOWN if (value := metrics[key]) is None else f"{value:.1f} px")
+        for key, label in _LENGTHS.items()
         if key in metrics
     ]
 
