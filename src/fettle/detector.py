@@ -314,7 +314,7 @@ class Detector:
         refiner: Refiner | None = None,
         boundaries: bool = False,
     ) -> dict[str, Json]:
-        """Metrics on the test part of a labelled data set (keys: metrics.md section 7).
+        """Metrics on the test part of a labelled data set (keys: docs/metrics.md).
 
         A model of many products gives `per_product`, `mean` and `pooled` instead, see `labelled_run`.
 

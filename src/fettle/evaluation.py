@@ -1,4 +1,4 @@
-"""Metrics of a labelled run: inspections in, one JSON object out (metrics.md section 7)."""
+"""Metrics of a labelled run: inspections in, one JSON object out, see docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Evaluation:
 
     Args:
         promise: what the calibration promised.
-        boundaries: with the metrics of boundaries too (metrics.md section 4).
+        boundaries: with the metrics of boundaries too.
         pixel_threshold: for these; None: nothing is marked but what a refiner marks.
     """
 
@@ -142,7 +142,7 @@ class Evaluation:
         return {path for path, defect in zip(self._paths, self._defects, strict=True) if defect == name}
 
     def _good_rates(self, good: list[Verdict]) -> dict[str, Json]:
-        """The false-reject rate counts the event that the promise is on (metrics.md section 6)."""
+        """The false-reject rate counts the event that the promise is on."""
         promise = self._promise
         if promise.on == "review":
             events = sum(verdict is not Verdict.OK for verdict in good)

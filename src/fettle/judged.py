@@ -39,7 +39,7 @@ class Judged:
     Attributes:
         scores: picture scores (the largest over a picture's views).
         groups: the group of each picture.
-        pixel_statistics: each picture's high quantile of its map (base-methods 8.5).
+        pixel_statistics: each picture's high quantile of its map.
         energies: raw patch energies of all pictures, evenly thinned to about a million; None without any.
         held_out: more of the first few hundred pictures.
     """

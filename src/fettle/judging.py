@@ -1,6 +1,6 @@
 """Fit a method and learn what good pictures score under a model that does not know them.
 
-Ways, the raw material of calibration (base-methods 8.3):
+Ways, the raw material of calibration:
 
 - leave_one_out: the method leaves each picture (or group) out by itself, cheaply; the model learns from all.
 - holdout: a share is held out of learning and judged by the final model; the promise is exact.

@@ -52,7 +52,7 @@ class LabelledRun:
     num_seen_in_fit: int = field(default=0, init=False)
 
     def evaluate(self, records: Sequence[Record], calibration: Calibration) -> dict[str, Json]:
-        """The metrics of one product's pictures (keys: metrics.md section 7)."""
+        """The metrics of one product's pictures (keys: docs/metrics.md)."""
         evaluation = self._evaluation(calibration)
         start = time.perf_counter()
         for answer, mask in self._walk(records, evaluation):

@@ -84,7 +84,7 @@ def learning_rate(config: TrainingConfig, step: Step) -> float:
 
 
 def _rate_in_stages(highest: float, step: Step) -> float:
-    """CFLOW-AD's published schedule (base-methods 6.5)."""
+    """CFLOW-AD's published schedule."""
     floor = highest / 1000
 
     def of_stage(stage: int) -> float:

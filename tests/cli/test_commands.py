@@ -233,6 +233,13 @@ def test_evaluate_measures_everything(model: Path, labelled_folder: Path) -> Non
     assert result["per_defect"]["scratch"]["num_defective"] == 6
 
 
+def test_every_key_of_an_evaluation_is_explained(model: Path, labelled_folder: Path) -> None:
+    found = fettle("evaluate", model, labelled_folder, "--refine", "none", "--json").json
+    words = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    keys = {*found, *found["metric_state"], *found["per_defect"]["scratch"], "per_product", "mean", "pooled"}
+    assert {key for key in keys if f"`{key}`" not in words} == set()
+
+
 def test_evaluate_writes_a_run_folder_with_its_metrics(
     model: Path, labelled_folder: Path, tmp_path: Path
 ) -> None:

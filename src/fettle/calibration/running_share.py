@@ -16,7 +16,7 @@ class RunningShare:
 
     The promise holds for parts like the calibration pictures. If all inspected parts were such good parts,
     the number that is not ok would follow Beta-Binomial(m, n + 1 - k, k); a number far above it means
-    defects, or that lot, lamp or camera have changed (base-methods 8.7 and pitfall 20).
+    defects, or that lot, lamp or camera have changed.
     """
 
     def __init__(self, calibration: Calibration) -> None:

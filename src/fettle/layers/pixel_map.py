@@ -1,4 +1,4 @@
-"""From a map on the patch grid to a map on pixels: one function for every method (base-methods 2.2)."""
+"""From a map on the patch grid to a map on pixels: one function for every method."""
 
 from __future__ import annotations
 
