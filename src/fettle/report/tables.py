@@ -68,7 +68,7 @@ _NOTES = {
     "image_f1max": "the best threshold in hindsight, chosen on these labels",
     "pixel_f1max": "the best threshold in hindsight, chosen on these labels",
     "escape_rate": "defective pictures judged ok",
-    "iou": "of what is above the pixel threshold with the labelled defect, a mean over pictures",
+    "iou": "what is marked against the labelled defect, a mean over pictures",
 }
 _PER_DEFECT = {
     "image_auroc": "Image AUROC",
