@@ -37,7 +37,7 @@ from fettle.protocols import (
     no_progress,
     no_words,
 )
-from fettle.recalibrating import GivenTemplate, recalibrate
+from fettle.recalibrating import GivenTemplate, fit_column, recalibrate
 from fettle.refine.facts import stand_in_facts
 from fettle.refine.refiner import Refiner, make_refiner
 from fettle.refining import ForRefiners
@@ -412,11 +412,9 @@ class Detector:
             fresh = self.open_labelled(Path(cast(str, good)), product) if known else _good_records(good)
             if product:
                 fresh = replace(fresh, records=tuple(r for r in fresh.records if r.product == product))
-            usual = cast("str | None", cast("dict[str, Json]", self.card["data"])["group_column"])
-            if group is None and usual and any(record.columns.get(usual) for record in fresh.records):
-                column: str | None = usual
-            else:
-                column = group
+            column, usual = group, fit_column(self.card)
+            if column is None and usual and any(record.columns.get(usual) for record in fresh.records):
+                column = usual
             gathered = gather_good(fresh, column, progress, by_product=by_product)
             for name in sorted({picture.product for picture in gathered.pictures}):
                 self.calibration_of(name)  # an unknown product is refused before the work

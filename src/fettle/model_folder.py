@@ -97,9 +97,8 @@ def check_replaceable(folder: Path, *, by_graph: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file where a folder is meant.", _ANOTHER)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    # Others have a manifest.json, too. Ours never stands without the files that it names.
-    ours = names if any(map(_is_hashed, names)) else []
-    strange = next((name for name in names if not _is_ours(name) or name not in ours), None)
+    model = any(map(_is_hashed, names))  # others have a manifest.json, too, but not what ours names
+    strange = next((name for name in names if not (model and _is_ours(name))), None)
     if strange is not None:
         raise UsageError(f"The folder '{folder}' holds '{strange}', so it is no model's.", _ANOTHER)
     if by_graph and any(name.endswith(f".{_TENSORS}") for name in names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -92,7 +92,7 @@ def recalibrate(
     notes: list[Json] = []
     if num_known:
         notes.append(f"{num_known} calibration pictures were learnt from and were left out.")
-    column = cast("dict[str, Json]", card["data"])["group_column"]
+    column = fit_column(card)
     if gathered.column is None and column:
         notes.append(f"The model was fitted by '{column}', which these pictures lack: each counts by itself.")
     unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
@@ -111,6 +111,13 @@ def recalibrate(
     card["calibration_notes"] = [*notes, *unread]
     both = Calibrations(shared, {**products, **calibrations.by_product})
     return FittedParts(method, (), parts.frame, both, card, for_refiners)
+
+
+def fit_column(card: Mapping[str, Json]) -> str | None:
+    """The column that the fit grouped its pictures by; a card may come from outside and hold anything."""
+    data = card.get("data")
+    column = data.get("group_column") if isinstance(data, dict) else None
+    return column if isinstance(column, str) else None
 
 
 def _take_template(parts: FittedParts, template: GivenTemplate, card: dict[str, Json], device: str) -> Method:

@@ -21,7 +21,7 @@ from torch import nn
 from fettle.checkpoint import DamagedState, Header, forget, read_state, signals_held, write_state
 from fettle.errors import ConfigError, DataError, FettleError
 from fettle.picture_order import PictureOrder
-from fettle.processes import Processes, is_main_process, open_processes, process_device
+from fettle.processes import Processes, is_main_process, open_processes
 from fettle.protocols import (
     Batch,
     FitRecord,
@@ -49,7 +49,6 @@ __all__ = [
     "is_main_process",
     "learning_rate",
     "planned_steps",
-    "process_device",
     "train",
 ]
 

@@ -288,7 +288,8 @@ class Padim(nn.Module):
             whitened = torch.bmm(deviations, whitening)
         else:  # always so many pictures: how a product rounds depends on their number
             padded = F.pad(deviations, (0, 0, 0, -deviations.shape[1] % _TOGETHER))
-            each = [torch.bmm(few.contiguous(), whitening) for few in padded.split(_TOGETHER, dim=1)]
+            parts = (padded[:, first : first + _TOGETHER] for first in range(0, padded.shape[1], _TOGETHER))
+            each = [torch.bmm(part.contiguous(), whitening) for part in parts]
             whitened = torch.cat(each, dim=1)[:, : deviations.shape[1]]
         return torch.unflatten(whitened.square().sum(dim=2).T, 1, features[self.levels[0]].shape[-2:])
 
