@@ -128,6 +128,17 @@ def test_fit_of_a_manifest_counts_groups(good_folder: Path, tmp_path: Path) -> N
     manifest.write_text("\n".join(["path,label,mask,split,product,part", *rows]))
     answer = fit(manifest, tmp_path / "model", "--group", "part", "--json")
     assert (answer.json["num_fit"], answer.json["num_calibration"]) == (24, 12)
+    said = fit(manifest, tmp_path / "model", "--group", "part")
+    assert "24 learnt from, 24 calibrated on, in 12 groups" in said.out
+
+    fresh = write_good(tmp_path / "fresh", 20, first_seed=500)
+    rows = [f"fresh/{path.name},good,,train,plate,{i // 5}" for i, path in enumerate(sorted(fresh.iterdir()))]
+    again = tmp_path / "fresh.csv"
+    again.write_text("\n".join(["path,label,mask,split,product,tray", *rows]))
+    for more, number in (((), 20), (("--group", "tray"), 4)):
+        moved = fettle("calibrate", tmp_path / "model", again, "-o", tmp_path / "moved", *more, "--json")
+        assert moved.json["num_calibration"] == number
+        assert ("fitted by 'part', which these pictures lack" in moved.err) is (not more)
 
 
 def test_strict_fails_where_the_promise_cannot_be_made(good_folder: Path, tmp_path: Path) -> None:

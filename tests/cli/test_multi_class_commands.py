@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import fettle
 
-from conftest import write_product
+from conftest import write_good, write_product
 
 
 @pytest.fixture
@@ -53,6 +53,13 @@ def test_commands_of_a_model_of_many_products(root: Path, tmp_path: Path) -> Non
 
     table = fettle("evaluate", tmp_path / "m", root)
     assert [line.split()[0] for line in table.out.splitlines()[1:5]] == ["bolt", "nut", "mean", "pooled"]
+
+    fresh = write_good(tmp_path / "fresh", 22, first_seed=7000)
+    moved = fettle("calibrate", tmp_path / "m", fresh, "--product", "nut", "-o", tmp_path / "m2", "--json")
+    assert moved.code == 0 and "No fresh picture of bolt" in moved.err
+    assert moved.json["num_calibration"] == 48  # the shared thresholds stay
+    counts = {name: own["num_calibration"] for name, own in moved.json["products"].items()}
+    assert counts == {"bolt": 24, "nut": 22}
 
     rows = fettle("inspect", tmp_path / "m", root / "nut" / "test", "-o", tmp_path / "i", "--product", "nut")
     assert rows.code == 0

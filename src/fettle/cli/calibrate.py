@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_json
-from fettle.cli.options import AsJson, Model, Out, check_model_out, check_share
-from fettle.cli.runs import print_promises
+from fettle.cli.options import AsJson, FittedModel, Out, check_model_out, check_share
+from fettle.cli.runs import print_promises, product_promises
 
 
 def calibrate(
-    model: Model,
+    model: FittedModel,
     good: Annotated[Path, typer.Argument(help="Good pictures that the model has not learnt from.")],
     out: Out,
     target_frr: Annotated[
@@ -67,6 +67,7 @@ def calibrate(
                 "promise_on": calibration.promise_on,
                 "needed": calibration.needed,
                 "seconds": time.perf_counter() - start,
+                **product_promises(detector),
             }
         )
     else:

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from fettle.cli.console import Screen, print_facts, print_json
-from fettle.cli.options import AsJson, Model, Out, check_model_out
+from fettle.cli.options import AsJson, FittedModel, Out, check_model_out
 
 
 def export(
-    model: Model,
+    model: FittedModel,
     out: Out,
     format_: Annotated[str, typer.Option("--format", help="onnx, openvino or pt2.")],
     precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or int8.")] = "fp32",

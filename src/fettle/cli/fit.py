@@ -20,7 +20,7 @@ from fettle.cli.options import (
     parse_roi,
     parse_settings,
 )
-from fettle.cli.runs import print_promises, say_refused
+from fettle.cli.runs import print_promises, product_promises, say_refused
 from fettle.protocols import Json, no_progress, no_words
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def fit(
                 "promise_on": promised.promise_on,
                 "needed": promised.needed,
                 "seconds": seconds,
-                **_products(detector),
+                **product_promises(detector),
             }
         )
     else:
@@ -171,22 +171,6 @@ def _print_model(detector: Detector, out: Path, method: str, preset: str, second
         }
     )
     print_promises(detector)
-
-
-def _products(detector: Detector) -> dict[str, Json]:
-    """What is promised for each product of a model of many."""
-    if not detector.product_calibrations:
-        return {}
-    promises: dict[str, Json] = {
-        name: {
-            "num_calibration": own.num_scores,
-            "frr_promised": own.frr_promised,
-            "promise_on": own.promise_on,
-            "needed": own.needed,
-        }
-        for name, own in detector.product_calibrations.items()
-    }
-    return {"products": promises}
 
 
 def _refused(card: Mapping[str, Json]) -> list[str]:

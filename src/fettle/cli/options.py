@@ -31,6 +31,7 @@ RefinePreset = Annotated[
         help="Of F2PAD: default, with more iterations and good pictures, in place of compact.",
     ),
 ]
+FittedModel = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit' or 'calibrate'.")]
 Model = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit' or 'fettle export'.")]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from fettle.cli.console import Screen
     from fettle.detector import Detector, Inspected
+    from fettle.protocols import Json
     from fettle.refine.refiner import Refiner
     from fettle.report.run_folder import RunWriter
 
@@ -88,6 +89,22 @@ def print_promises(detector: Detector) -> None:
         print(sentence)
     for name, own in detector.product_calibrations.items():
         print(f"{name}: {' '.join(own.sentences()[:2])}")
+
+
+def product_promises(detector: Detector) -> dict[str, Json]:
+    """What is promised for each product of a model of many."""
+    if not detector.product_calibrations:
+        return {}
+    promises: dict[str, Json] = {
+        name: {
+            "num_calibration": own.num_scores,
+            "frr_promised": own.frr_promised,
+            "promise_on": own.promise_on,
+            "needed": own.needed,
+        }
+        for name, own in detector.product_calibrations.items()
+    }
+    return {"products": promises}
 
 
 def say_refused(screen: Screen, reasons: Sequence[str]) -> None:
