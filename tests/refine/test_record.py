@@ -38,6 +38,25 @@ def test_the_state_of_a_picture_in_tiles(tiles: tuple[State, ...], expected: Sta
     assert found.applied is any(tile in ("yes", "accepted_part") for tile in tiles)
 
 
+@pytest.mark.parametrize(
+    ("others", "expected", "reason"),
+    [
+        (("yes",), "yes", None),
+        (("yes", "empty_roi"), "yes", None),
+        (("yes", "gate"), "accepted_part", None),
+        (("empty_roi",), "empty_roi", None),
+        (("adversarial",), "adversarial", None),
+        ((), "gate", "energy_below_hinge"),
+    ],
+)
+def test_a_tile_without_any_energy_has_no_region(
+    others: tuple[State, ...], expected: State, reason: str | None
+) -> None:
+    quiet = record("gate", gate_reason="energy_below_hinge")
+    found = joined([quiet, *(record(tile) for tile in others), quiet])
+    assert (found.refined, found.gate_reason) == (expected, reason)
+
+
 def test_pixels_and_seconds_add_up_and_the_rest_is_of_one_tile() -> None:
     part = ComponentRecord(accepted=True, pixels=4)
     found = joined(

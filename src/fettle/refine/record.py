@@ -109,20 +109,21 @@ def joined(records: Sequence[RefineRecord]) -> RefineRecord:
 
     "yes": all tiles that have a region were refined whole; "accepted_part": some of them, or in part;
     "time_cap": besides, the time ended the iterations of one. Where none was refined, the first of error,
-    time_cap, adversarial, gate and empty_roi that one has. Pixels, components, iterations and seconds are of
-    all tiles, the rest of the first tile that was refined, or is in the state told.
+    time_cap, adversarial, gate and empty_roi that one has; a gate for want of any energy comes last. Pixels,
+    components, iterations and seconds are of all tiles, the rest of the first tile that was refined, or is in
+    the state told.
     """
     if len(records) == 1:
         return records[0]
     applied = [record for record in records if record.applied]
     if applied:
         first = applied[0]
-        states = {record.refined for record in records}
-        state: State = "yes" if states <= {"yes", "empty_roi"} else "accepted_part"
+        states = {record.refined for record in records if not _has_no_region(record)}
+        state: State = "yes" if states == {"yes"} else "accepted_part"
         if "time_cap" in states:
             state = "time_cap"
     else:
-        first = min(records, key=lambda record: _REFUSED.index(record.refined))
+        first = min(records, key=_place_among_refused)
         state = first.refined
     notes = [note for record in records for note in (*record.notes, record.error) if note]
     if applied:
@@ -138,6 +139,15 @@ def joined(records: Sequence[RefineRecord]) -> RefineRecord:
             "notes": tuple(dict.fromkeys(notes)),
         }
     )
+
+
+def _has_no_region(record: RefineRecord) -> bool:
+    return record.refined == "empty_roi" or record.gate_reason == "energy_below_hinge"
+
+
+def _place_among_refused(record: RefineRecord) -> int:
+    quiet = record.gate_reason == "energy_below_hinge"
+    return len(_REFUSED) if quiet else _REFUSED.index(record.refined)
 
 
 def in_one_line(error: Exception) -> str:
