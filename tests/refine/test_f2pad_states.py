@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fettle.refine import f2pad
 from fettle.refine.solver import Solution, solve
@@ -65,6 +65,35 @@ def test_gates(reason: str) -> None:
     (answer,) = refine(asked["method"], asked["picture"], facts=asked["facts"])
     assert (answer.record.refined, answer.record.gate_reason) == ("gate", reason)
     assert_base_stands(answer, base_of(asked["picture"])[0])
+
+
+class TrainedGreyMethod(GreyMethod, nn.Module):
+    """Its energy hangs on a trained number, and, as asked, on the picture or not."""
+
+    def __init__(self, *, sees: bool) -> None:
+        nn.Module.__init__(self)
+        self.factor = nn.Parameter(torch.tensor(1.0))
+        self.asks: list[bool] = []
+        GreyMethod.__init__(self, lambda z, _: self.factor * (z if sees else z.detach()))
+
+    def patch_energy(self, pictures: Tensor, valid: Tensor) -> Tensor:
+        self.asks.append(self.factor.requires_grad)
+        return super().patch_energy(pictures, valid)
+
+
+def test_a_trained_number_alone_makes_no_gradient() -> None:
+    blind, seeing = TrainedGreyMethod(sees=False), TrainedGreyMethod(sees=True)
+    (answer,) = refine(blind, grey_with(SQUARE))
+    assert (answer.record.refined, answer.record.gate_reason) == ("gate", "no_gradient")
+    (answer,) = refine(seeing, grey_with(SQUARE))
+    assert answer.record.refined == "yes"
+    for method in (blind, seeing):
+        assert method.factor.requires_grad and method.asks and not any(method.asks)
+
+
+def test_nan_comes_before_a_missing_gradient() -> None:
+    (answer,) = refine(GreyMethod(lambda z, _: z.detach() * float("nan")), grey_with(SQUARE))
+    assert (answer.record.refined, answer.record.gate_reason) == ("error", None)
 
 
 def test_time_cap_of_zero_makes_no_iteration() -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fettle.errors import UsageError
 from fettle.layers.pixel_map import pixel_map, valid_tokens
@@ -66,7 +67,7 @@ def refine_f2pad(
         raise UsageError("Views, valid, maps and chosen differ in number.", "Give one of each per picture.")
     if config.snap == "always" and not have_opencv():
         raise UsageError("snap=always needs OpenCV, which is not installed.", "pip install 'fettle[refine]'.")
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(method):
         cases = [
             Case(view.detach().clone().float(), inside[0].clone(), base.detach().clone())
             for view, inside, base in zip(views, valid, base_maps, strict=True)
@@ -80,6 +81,20 @@ def refine_f2pad(
                 case.end("gate", "flat_energy")
         _Refinement(method, facts, config, tuple(views.shape[-2:]), views.device).run(cases)
         return [case.refined() for case in cases]
+
+
+@contextmanager
+def _frozen(method: Method) -> Iterator[None]:
+    """Nothing of the method asks for a gradient: the picture alone does."""
+    parameters = method.parameters() if isinstance(method, nn.Module) else ()
+    asking = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 class _Refinement:
@@ -167,10 +182,10 @@ class _Refinement:
             case.told["noise_floor"] = finite(self.noise_floor)
             if self.facts.noise_floor is None:
                 case.note("The difference of good fills was never measured: a default stands in for it.")
-            if not with_gradient.requires_grad:
-                case.end("gate", "no_gradient")
-            elif not bool(energy[inside].isfinite().all()):
+            if not bool(energy[inside].isfinite().all()):
                 case.end("error", error=NOT_FINITE)
+            elif not with_gradient.requires_grad:
+                case.end("gate", "no_gradient")
             elif float(hinged(energy[inside], self.config.kappa).sum()) <= 0:
                 case.end("gate", "energy_below_hinge")
             else:
