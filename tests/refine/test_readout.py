@@ -125,16 +125,17 @@ def test_refined_map_adds_in_the_mask_and_holds_the_rest_of_the_region_down() ->
 # --- the choice between masks
 
 
-def test_the_objective_takes_the_mask_that_explains_most_for_its_area() -> None:
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_the_objective_takes_the_mask_that_explains_most_for_its_area(batch: int) -> None:
     problem, energy = problem_of(grey_with(SQUARE))
     square = grey_with(SQUARE)[0] > 0.6
     half, whole = square.clone(), problem.roi[0, 0] > 0
     half[32:] = False
-    assert choose_mask([half, square, whole], problem, energy, 0.6) == 1
-    assert choose_mask([square, square], problem, energy, 0.6) == 0
+    assert choose_mask([half, square, whole], problem, energy, 0.6, batch) == 1
+    assert choose_mask([square, square], problem, energy, 0.6, batch) == 0
     # J: nothing 1; half of it 0.5 + weight / 8; the square weight / 4.
-    assert choose_mask([half, square], problem, energy, 3.9) == 1
-    assert choose_mask([half, square], problem, energy, 4.1) == 0
+    assert choose_mask([half, square], problem, energy, 3.9, batch) == 1
+    assert choose_mask([half, square], problem, energy, 4.1, batch) == 0
 
 
 def test_snap_stays_within_the_regions_and_finds_a_colour() -> None:

@@ -53,7 +53,7 @@ def finish(
     assert case.roi is not None
     place = case.box.window
     roi = Roi(case.roi.mask[place], case.roi.labels[place], case.roi.num_components)
-    chosen = _mask(case, problem, energy, solution, config, lengths, noise_floor)
+    chosen = _mask(case, problem, energy, solution, config, lengths, noise_floor, batch)
     if config.acceptance:
         checked = check_components(
             problem.picture[0],
@@ -94,6 +94,7 @@ def _mask(
     config: F2PADConfig,
     lengths: Lengths,
     noise_floor: float,
+    batch: int,
 ) -> _Mask:
     """The candidate with the least objective, cleaned up: read-outs of what the solver found and of the plain
     difference to the fill, and what colour models make of each."""
@@ -132,7 +133,7 @@ def _mask(
         best = candidates[0]
     elif candidates:
         weight = config.lambda1 if config.choice_lambda is None else config.choice_lambda
-        best = candidates[choose_mask([one.mask for one in candidates], problem, energy, weight)]
+        best = candidates[choose_mask([one.mask for one in candidates], problem, energy, weight, batch)]
     pixels = cleaned(best.mask.cpu().numpy(), roi.cpu().numpy(), lengths)
     return best._replace(mask=torch.from_numpy(pixels).to(roi.device))
 

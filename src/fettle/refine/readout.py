@@ -106,14 +106,16 @@ def snapped(picture: Tensor, roi: Tensor, seeds: Tensor, margin: int) -> Tensor 
     return mask & roi
 
 
-def choose_mask(candidates: Sequence[Tensor], problem: Problem, energy: WindowEnergy, weight: float) -> int:
+def choose_mask(
+    candidates: Sequence[Tensor], problem: Problem, energy: WindowEnergy, weight: float, batch: int
+) -> int:
     """Which hard mask M has the least share of energy left + weight |M| / |P| (7.4); of equals the first.
 
     Args:
-        candidates: (H, W) bool each. problem, energy: of one window.
+        candidates: (H, W) bool each. problem, energy: of one window. batch: windows to compute at once.
     """
     masks = torch.stack(list(candidates)).float()[:, None]  # (n, 1, H, W)
-    left = in_parts(energy, problem.picture - masks * problem.difference, len(masks))
+    left = in_parts(energy, problem.picture - masks * problem.difference, batch)
     area = masks.flatten(1).sum(dim=1) / problem.roi.sum()
     return int((problem.share(left.flatten(1).sum(dim=1)) + weight * area).argmin())
 
