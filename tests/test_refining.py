@@ -235,8 +235,8 @@ def test_a_rejected_picture_is_no_reference(tmp_path: Path) -> None:
 def test_none_asked_for_are_none(good: list[GoodPicture]) -> None:
     judged = judged_of(good, energies(12))
     facts, references = learn(good, judged, calibration_of(judged), num_references=0)
-    assert references is None and facts.noise_floor is None
-    assert facts.measured
+    assert references is None and facts.measured
+    assert facts.noise_floor is not None and facts.noise_floor > 0  # of fills by diffusion
 
 
 @pytest.mark.parametrize("side", [SIDE, 96])

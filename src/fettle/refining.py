@@ -59,7 +59,7 @@ def learn_for_refiners(
         pictures: all good ones.
         judged: what those that were not learnt from scored.
         calibration: pictures that it rejects are no references.
-        num_references: 0 keeps none; fills are then by diffusion.
+        num_references: 0 keeps none; fills are then by diffusion, and so is the noise floor's.
         generator: for the places of the noise floor's discs.
         scale: of the raw energies in `judged`.
     """
@@ -78,9 +78,7 @@ def learn_for_refiners(
             if key not in rejected:
                 looked.consider(loaded.item, views, valid)
     references, own_numbers = _references(looked, frame, num_references)
-    floor = None
-    if num_references:
-        floor = _noise_floor(ordered, set(held_out), frame, references, own_numbers, generator)
+    floor = _noise_floor(ordered, set(held_out), frame, references, own_numbers, generator)
     return ForRefiners(_facts(judged, calibration, looked, floor), references)
 
 
