@@ -148,7 +148,10 @@ def test_order_merging_and_saving_change_no_bit():
     assert left.compute().iou is None
 
 
-@pytest.mark.parametrize("spoil", [{"tau": None}, {"rows": None}, {"rows": [{}]}, {"rows": [3]}])
+@pytest.mark.parametrize(
+    "spoil",
+    [{"tau": None}, {"tau": None, "rows": []}, {"tau": -1}, {"rows": None}, {"rows": [{}]}, {"rows": [3]}],
+)
 def test_a_damaged_state_is_refused(spoil):
     with pytest.raises(MetricError, match="boundary state"):
         BoundaryMetrics.from_state_dict({**collected(GOLDEN).state_dict(), **spoil})

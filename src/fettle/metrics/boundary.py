@@ -142,14 +142,16 @@ class BoundaryMetrics:
             MetricError: the state is damaged.
         """
         tau, rows = state.get("tau"), state.get("rows")
-        metrics = cls(float(tau) if isinstance(tau, int | float) else TAU)
+        if isinstance(tau, bool) or not isinstance(tau, int | float) or not tau >= 0:
+            raise MetricError("The boundary state has no tau of 0 px or more.", "Compute it again.")
+        metrics = cls(float(tau))
         kinds = {
             "path": str, "defect": str, "iou": float, "true_positive": int, "false_positive": int,
             "false_negative": int, "boundary_f": float, "hd95": float, "empty": bool,
         }  # fmt: skip
         for row in rows if isinstance(rows, list) else [None]:
             sound = isinstance(row, dict) and row.keys() == kinds.keys()
-            if not isinstance(row, dict) or not sound or type(tau) not in (int, float):
+            if not isinstance(row, dict) or not sound:
                 raise MetricError("The boundary state is damaged.", "Compute it again.")
             if any(type(row[name]) is not kind for name, kind in kinds.items()):
                 raise MetricError("The boundary state has a field of a wrong type.", "Compute it again.")
