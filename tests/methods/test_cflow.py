@@ -134,6 +134,12 @@ def test_paper_preset_passes_200_times_and_blurs_nothing() -> None:
     assert rates[-1] == pytest.approx(9.877e-7, rel=1e-3)
 
 
+def test_taps_are_taken_fine_to_coarse_however_they_are_named() -> None:
+    offered = find_entry("resnet18").levels
+    config = CflowConfig(taps=("stride16", "stride8"))
+    assert Cflow.choose_levels(offered, config) == ("stride8", "stride16")
+
+
 def test_vit_is_tapped_in_its_later_half() -> None:
     offered = [Level(f"block{i}", 384, 14) for i in range(12)]
     assert Cflow.choose_levels(offered, CflowConfig()) == ("block5", "block8", "block11")

@@ -202,8 +202,9 @@ class Cflow(nn.Module):
         Raises:
             ConfigError: none of them is of a stride that it takes by itself.
         """
-        if config.taps is not None:
-            return config.taps
+        if config.taps is not None:  # fine to coarse: energies are joined on the first one's grid
+            strides = {level.name: level.stride for level in offered}
+            return tuple(sorted(config.taps, key=lambda name: strides.get(name, 0)))
         return spaced_blocks(offered, (2, 3, 4)) or levels_of_strides(offered, _STRIDES, _MORE)
 
     def feature_key(self) -> str:
