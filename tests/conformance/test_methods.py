@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -240,31 +240,42 @@ def test_a_part_that_is_the_whole_has_the_wholes_energy(fitted: Fitted) -> None:
     torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_agrees_with_finite_differences(fitted: Fitted) -> None:
+def energies_of(method: Method, valid: Tensor) -> Iterator[tuple[Callable[[Tensor], Tensor], slice]]:
+    """Each energy that a refiner may follow the slope of, and the pixels along a side that it looks at."""
+    yield lambda views: method.patch_energy(views, valid), slice(0, 64)
+    part, corner = slice(16, 48), [(16, 16)]
+    if isinstance(method, Unbounded):
+        unbounded = method.unbounded_energy
+        yield lambda views: unbounded(views, valid), slice(0, 64)
+        yield lambda views: unbounded(views[..., part, part], valid[..., part, part], corner), part
+    elif isinstance(method, Crops):
+        cropped = method.crop_energy
+        yield lambda views: cropped(views[..., part, part], valid[..., part, part], corner), part
+
+
+def test_gradients_agree_with_finite_differences(fitted: Fitted) -> None:
     method = double(fitted.method)
     pictures, valid = as_input(scratched(500))
     pictures = pictures.double()
-    rng = np.random.default_rng(0)
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, tuple(method.patch_energy(pictures, valid).shape)))
-
-    def total(place: tuple[int, ...], step: float) -> float:
-        moved = pictures.clone()
-        moved[place] += step
-        with torch.no_grad():
-            return float((method.patch_energy(moved, valid) * weights).sum())
-
-    leaf = pictures.clone().requires_grad_(True)
-    (method.patch_energy(leaf, valid) * weights).sum().backward()  # type: ignore[no-untyped-call]  # torch
-    assert leaf.grad is not None
-    smooth = 0
-    for _ in range(16):
-        place = (0, int(rng.integers(3)), int(rng.integers(64)), int(rng.integers(64)))
-        here, up, down = total(place, 0.0), total(place, 1e-4), total(place, -1e-4)
-        if abs((up - here) - (here - down)) > 1e-2 * abs(up - down):
-            continue  # a kink: the nearest remembered patch changes within the step
-        smooth += 1
-        assert float(leaf.grad[place]) == pytest.approx((up - down) / 2e-4, rel=1e-3, abs=1e-9)
-    assert smooth >= 12
+    for energy, side in energies_of(method, valid):
+        rng = np.random.default_rng(0)
+        weights = torch.from_numpy(rng.uniform(0.5, 1.5, tuple(energy(pictures).shape)))
+        leaf = pictures.clone().requires_grad_(True)
+        (energy(leaf) * weights).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        assert leaf.grad is not None
+        smooth = 0
+        for _ in range(16):
+            place = (0, int(rng.integers(3)), *(int(rng.integers(side.start, side.stop)) for _ in range(2)))
+            moved = pictures.repeat(3, 1, 1, 1)
+            moved[1, *place[1:]] += 1e-4
+            moved[2, *place[1:]] -= 1e-4
+            with torch.no_grad():
+                here, up, down = (float((energy(one[None]) * weights).sum()) for one in moved)
+            if abs((up - here) - (here - down)) > 1e-2 * abs(up - down):
+                continue  # a kink: the nearest remembered patch changes within the step
+            smooth += 1
+            assert float(leaf.grad[place]) == pytest.approx((up - down) / 2e-4, rel=1e-3, abs=1e-9)
+        assert smooth >= 12
 
 
 def test_gradient_is_finite_at_what_was_learnt(fitted: Fitted) -> None:
