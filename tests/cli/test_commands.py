@@ -251,6 +251,25 @@ def test_every_key_of_an_evaluation_is_explained(model: Path, labelled_folder: P
     assert {key for key in keys if f"`{key}`" not in words} == set()
 
 
+def test_every_key_that_a_script_may_read_is_explained(
+    model: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    words = (Path(__file__).parents[2] / "docs" / "scripts.md").read_text(encoding="utf-8")
+    run = fettle(
+        *("inspect", model, labelled_folder / "test" / "scratch", "-o", tmp_path / "run"),
+        *("--refine", "blur", "--mm-per-pixel", "0.1", "--json"),
+    ).json
+    fresh = labelled_folder / "test" / "good"
+    calibrated = fettle("calibrate", model, fresh, "-o", tmp_path / "again", "--json").json
+    row = json.loads((tmp_path / "run" / "inspections.jsonl").read_text().splitlines()[0])
+    header = (tmp_path / "run" / "inspections.csv").read_text().splitlines()[0].split(",")
+    columns = {name for name in header if not name.startswith("seconds_")}
+    method = fettle("methods", "--json").json[0]
+    keys = {*FIT_KEYS, *run, *calibrated, *row, *row["regions"][0], *row["seconds"], *columns, *method}
+    assert "refine" in keys and "area_mm2" in keys
+    assert {key for key in keys if f"`{key}`" not in words} == set()
+
+
 def test_evaluate_writes_a_run_folder_with_its_metrics(
     model: Path, labelled_folder: Path, tmp_path: Path
 ) -> None:

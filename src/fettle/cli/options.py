@@ -28,7 +28,7 @@ RefinePreset = Annotated[
     str | None,
     typer.Option(
         "--refine-preset",
-        help="Of F2PAD: default, with more iterations and good pictures, in place of compact.",
+        help="Of F2PAD and difference: default, with more iterations and good pictures, in place of compact.",
     ),
 ]
 FittedModel = Annotated[Path, typer.Argument(help="A model folder, made by 'fettle fit' or 'calibrate'.")]

@@ -170,7 +170,9 @@ def solve(
 
 
 class Objective:
-    """J = share of the energy left + lambda1 sparsity + lambda2 variation, each 1 at the full replacement.
+    """J = share of the energy left + lambda1 sparsity + lambda2 variation (section 4).
+
+    Energy and sparsity are 1 at the full replacement; "l1" and the variation are over its group sparsity.
 
     Attributes:
         weight: what a unit of sparsity costs, lambda1 over its size at the full replacement, (B, 1, 1, 1).
