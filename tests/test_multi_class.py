@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +72,24 @@ def test_evaluate_gives_each_product_the_mean_and_all_pooled(detector: Detector,
     assert set(result["pooled"]["per_defect"]) == {f"{name}/scratch" for name in PRODUCTS}
     assert all(set(values) >= KEYS for values in (*per_product.values(), result["mean"], result["pooled"]))
     assert all(0.9 <= per_product[name]["image_auroc"] <= 1 for name in PRODUCTS)
+
+
+def test_refused_pictures_and_ones_that_were_learnt_from_are_counted_by_product(
+    detector: Detector, root: Path, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "parts"
+    shutil.copytree(root, pictures)
+    learnt, seen = (sorted((pictures / "bolt" / part / "good").iterdir()) for part in ("train", "test"))
+    shutil.copy(learnt[0], seen[0])
+    sorted((pictures / "nut" / "test" / "scratch").iterdir())[0].write_bytes(b"broken")
+    result = detector.evaluate(pictures)
+
+    def counts(of: dict[str, Any]) -> tuple[int, int]:
+        return of["num_refused"], of["num_seen_in_fit"]
+
+    assert counts(result) == (1, 1)
+    assert counts(result["per_product"]["bolt"]) == (0, 1)
+    assert counts(result["per_product"]["nut"]) == (1, 0)
 
 
 def test_one_product_gives_the_flat_keys_of_that_product(detector: Detector, root: Path) -> None:

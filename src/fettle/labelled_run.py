@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -39,7 +40,7 @@ class LabelledRun:
         known: hashes, 16 digits, of the pictures that the model has learnt from.
         each: called with every answer and its mask. refused: called with every record that could not be used.
         boundaries: with the metrics of boundaries too.
-        num_refused, num_seen_in_fit: counted on the way.
+        refused_of, seen_of: by product, pictures that could not be used, and ones that were learnt from.
     """
 
     inspector: Inspector[Record]
@@ -48,8 +49,8 @@ class LabelledRun:
     each: Callable[[Inspected[Record], NDArray[np.bool_] | None], None] | None = None
     refused: Callable[[Record, Refusal], None] | None = None
     boundaries: bool = False
-    num_refused: int = field(default=0, init=False)
-    num_seen_in_fit: int = field(default=0, init=False)
+    refused_of: Counter[str] = field(default_factory=Counter, init=False)
+    seen_of: Counter[str] = field(default_factory=Counter, init=False)
 
     def evaluate(self, records: Sequence[Record], calibration: Calibration) -> dict[str, Json]:
         """The metrics of one product's pictures (keys: docs/metrics.md)."""
@@ -81,7 +82,10 @@ class LabelledRun:
             pooled.update(replace(answer.inspection, verdict=verdict), label, mask)
             self._take(answer, mask)
         each = (time.perf_counter() - start) / max(sum(taken.values()), 1)
-        results = {name: e.compute(each * taken[name]) for name, e in per_product.items()}
+        results = {
+            name: {**own_evaluation.compute(each * taken[name]), **self._counts(name)}
+            for name, own_evaluation in per_product.items()
+        }
         return {
             "per_product": cast("dict[str, Json]", results),
             "mean": _mean(list(results.values())),
@@ -104,7 +108,7 @@ class LabelledRun:
                 evaluation = into if isinstance(into, Evaluation) else into[record.product]
                 evaluation.update(answer.inspection, record.defect, mask)
             except FettleError as error:
-                self.num_refused += 1
+                self.refused_of[record.product] += 1
                 if self.refused is not None:
                     self.refused(record, Refusal(str(record.path), str(error)))
                 continue
@@ -116,12 +120,14 @@ class LabelledRun:
         )
 
     def _take(self, answer: Inspected[Record], mask: NDArray[np.bool_] | None) -> None:
-        self.num_seen_in_fit += answer.inspection.sha256[:16] in self.known
+        self.seen_of[answer.item.product] += answer.inspection.sha256[:16] in self.known
         if self.each is not None:
             self.each(answer, mask)
 
-    def _counts(self) -> dict[str, Json]:
-        return {"num_refused": self.num_refused, "num_seen_in_fit": self.num_seen_in_fit}
+    def _counts(self, product: str | None = None) -> dict[str, Json]:
+        """Of one product; None: of all pictures."""
+        counted = {"num_refused": self.refused_of, "num_seen_in_fit": self.seen_of}
+        return {key: of.total() if product is None else of[product] for key, of in counted.items()}
 
 
 def promise_of(calibration: Calibration) -> Promise:

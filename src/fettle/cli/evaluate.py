@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fettle.inspection import Refusal
     from fettle.protocols import Json
     from fettle.refine.refiner import Refiner
-    from fettle.report.run_folder import RunWriter
 
 SHOWN = {
     "image_auroc": "image\nAUROC",
@@ -135,7 +135,7 @@ def evaluate_into(
         folders = product_folders(out, products) if several else {product: out}
         if several:
             remove_run(out)
-    not_kept = 0
+    not_kept: Counter[str] = Counter()
     with ExitStack() as stack:
         runs = {
             name: stack.enter_context(
@@ -144,18 +144,19 @@ def evaluate_into(
             for name, folder in folders.items()
         }
 
-        def run_of(record: Record) -> RunWriter | None:
-            return runs.get(record.product if several else product)
+        def name_of(record: Record) -> str:
+            return record.product if several else product
 
         def each(answer: Inspected[Record], mask: NDArray[np.bool_] | None) -> None:
-            nonlocal not_kept
-            run = run_of(answer.item)
+            name = name_of(answer.item)
+            run = runs.get(name)
             if run is not None:
-                not_kept += not add_or_refuse(run, screen, answer, truth=answer.item.defect, mask=mask)
+                kept = add_or_refuse(run, screen, answer, truth=answer.item.defect, mask=mask)
+                not_kept[name] += not kept
 
         def refused(record: Record, refusal: Refusal) -> None:
             screen.say(f"Refused: {refusal.reason}")
-            run = run_of(record)
+            run = runs.get(name_of(record))
             if run is not None:
                 run.refuse(refusal, truth=record.defect)
 
@@ -169,8 +170,11 @@ def evaluate_into(
             refiner=refiner,
             boundaries=boundaries,
         )
-        result["num_refused"] = cast(int, result["num_refused"]) + not_kept
         own = cast("dict[str, dict[str, Json]]", result["per_product"] if several else {product: result})
+        for name, number in not_kept.items():
+            own[name]["num_refused"] = cast(int, own[name]["num_refused"]) + number
+        if several:
+            result["num_refused"] = cast(int, result["num_refused"]) + not_kept.total()
         for name, run in runs.items():
             run.finish(own[name])
     if out is not None and several:
