@@ -198,9 +198,12 @@ def table() -> None:
             print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
             print_rows(records, "main", part, mode, REFINERS[1:], (*REAL, "parts"), BASES, change_of)
             print_means(records, part, mode, REFINERS[1:], changes_in, "+.1f")
-    print("\n#### The other methods, every picture refined: pixel AP / IoU / boundary F\n")
-    print_rows(records, "main", "tight", "all", REFINERS, REAL, OTHERS, figures_of)
-    print("\n#### The other methods on coarse masks\n")
+    for title, mode in (("every picture refined", "all"), ("as used", "gated")):
+        print(f"\n#### The other methods, {title}: pixel AP / IoU / boundary F\n")
+        print_rows(records, "main", "tight", mode, REFINERS, REAL, OTHERS, figures_of)
+        print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
+        print_rows(records, "main", "tight", mode, REFINERS[1:], REAL, OTHERS, change_of)
+    print("\n#### The other methods on coarse masks, every picture refined: pixel AP / IoU / boundary F\n")
     print_rows(records, "main", "coarse", "all", REFINERS, REAL, OTHERS, figures_of)
     for group, structural in (("colours of their own", False), ("structure", True)):
         print(f"\n#### Kinds told by {group}: IoU / boundary F\n")
