@@ -63,8 +63,10 @@ class Stub:
         base_maps: Tensor,
         chosen: Sequence[bool],
         pictures: Sequence[int],
+        products: Sequence[str],
     ) -> list[Refined]:
-        assert len(views) == len(valid) == len(base_maps) == len(chosen) == len(pictures)
+        parts = (views, valid, base_maps, chosen, pictures, products)
+        assert len({len(part) for part in parts}) == 1
         self.chosen += chosen
         self.pictures += pictures
         self.maps += list(base_maps.numpy().copy())

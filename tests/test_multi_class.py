@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fettle.datasets.products import open_products
 from fettle.detector import Detector
 from fettle.errors import DataError, UsageError
 from fettle.inspection import Inspection
+from fettle.refining import ForRefiners
 
 TINY = {"backbone": "tiny", "weights": "random", "size": 64, "settings": {"bank_rows": 200}}
 PRODUCTS = ("bolt", "nut", "plate")
@@ -52,6 +54,28 @@ def test_the_product_chooses_the_threshold_and_nothing_else(detector: Detector, 
         np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
         assert one.verdict is detector.product_calibrations["nut"].verdict(one.score)
         assert other.verdict is detector.calibration.verdict(one.score)
+
+
+def test_refiners_know_each_product_and_a_saved_model_keeps_it(detector: Detector, tmp_path: Path) -> None:
+    detector.save(tmp_path / "model")
+    for known in (detector.for_refiners, Detector.load(tmp_path / "model").for_refiners):
+        assert known is not None and set(known.product_facts) == set(PRODUCTS)
+        for name, own in known.product_facts.items():
+            assert own.hold == detector.product_calibrations[name].pixel_threshold
+        assert known.product_facts == detector.for_refiners.product_facts  # type: ignore[union-attr]  # not None
+
+
+def test_a_refiner_takes_the_facts_of_the_named_product(detector: Detector, root: Path) -> None:
+    assert detector.for_refiners is not None
+    facts = detector.for_refiners.facts
+    kept = ForRefiners(facts.model_copy(update={"flat": True}), None, {"nut": facts})
+    own = Detector.of(replace(detector.parts(), for_refiners=kept), detector.device)
+    refiner = own.refiner("f2pad", everything=True)
+    paths = sorted((root / "nut" / "test").rglob("*.png"))[:2]
+    for product in ("nut", "bolt", ""):
+        for one in own.inspect(paths, product=product, refine=refiner):
+            assert isinstance(one, Inspection) and one.refinement is not None
+            assert (one.refinement["gate_reason"] == "flat_energy") is (product != "nut")
 
 
 def test_an_unknown_product_is_refused_with_the_nearest(detector: Detector, root: Path) -> None:

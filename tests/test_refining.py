@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fettle.feature_stream import GoodPicture
 from fettle.gathering import gather_good
 from fettle.images.decode import read_picture
 from fettle.images.framing import Frame
-from fettle.judged import HeldOut, Judged, gather_judged
+from fettle.judged import Calibrations, HeldOut, Judged, gather_judged
 from fettle.layers.energy_scale import EnergyScale
 from fettle.protocols import LeftOut, Maps, no_progress
 from fettle.refine.blur import light_blur
@@ -80,11 +81,12 @@ def learn(
     *,
     frame: Frame = FRAME,
     num_references: int = 32,
+    by_product: dict[str, Calibration] | None = None,
 ) -> ForRefiners:
     return learn_for_refiners(
         pictures,
         judged,
-        calibration,
+        Calibrations(calibration, by_product or {}),
         frame,
         num_references=num_references,
         generator=torch.Generator().manual_seed(0),
@@ -111,7 +113,7 @@ def learnt(good: list[GoodPicture]) -> tuple[Judged, Calibration, ForRefiners]:
 def test_numbers_are_those_of_the_good_pictures(
     learnt: tuple[Judged, Calibration, ForRefiners],
 ) -> None:
-    judged, calibration, (facts, _) = learnt
+    judged, calibration, (facts, *_) = learnt
     scale = raw_scale(judged)
     raw = energies(12)
     middle, rare = np.median(raw.numpy()), np.quantile(raw.numpy(), 0.99)
@@ -129,7 +131,7 @@ def test_a_lighter_maps_own_threshold_falls_on_the_base_maps(
     name: str, good: list[GoodPicture], learnt: tuple[Judged, Calibration, ForRefiners]
 ) -> None:
     """Made here anew from pictures and energies; and a typical patch falls on the typical pixel."""
-    judged, calibration, (facts, _) = learnt
+    judged, calibration, (facts, *_) = learnt
     scale = raw_scale(judged)
     statistics = []
     for picture, grid in zip(good, energies(12), strict=True):
@@ -165,7 +167,7 @@ def test_energies_that_are_all_alike_are_told(good: list[GoodPicture]) -> None:
 
 def test_without_judged_pictures_numbers_are_stand_ins(good: list[GoodPicture]) -> None:
     calibration = calibrate([], mode="none")
-    facts, references = learn(good, Judged(), calibration)
+    facts, references, _ = learn(good, Judged(), calibration)
     assert not facts.measured
     assert facts.model_copy(update={"noise_floor": None}) == stand_in_facts(None)
     assert facts.noise_floor is not None and references is not None  # these need no judge
@@ -192,7 +194,7 @@ def test_pictures_that_were_held_out_are_measured_however_many_others_there_are(
     last = sorted(good, key=lambda picture: picture.key)[-4:]
     judged = judged_of(last, 10 * energies(4))
     monkeypatch.setattr(module, "_MOST_LOOKED_AT", 3)
-    facts, references = learn(good, judged, calibration_of(judged))
+    facts, references, _ = learn(good, judged, calibration_of(judged))
     scale = raw_scale(judged)
     peaks = [float(scale(10 * grid).max()) for grid in energies(4)]
     assert facts.measured and facts.roi_high == pytest.approx(np.quantile(peaks, 0.9), rel=1e-6)
@@ -234,7 +236,7 @@ def test_a_rejected_picture_is_no_reference(tmp_path: Path) -> None:
 
 def test_none_asked_for_are_none(good: list[GoodPicture]) -> None:
     judged = judged_of(good, energies(12))
-    facts, references = learn(good, judged, calibration_of(judged), num_references=0)
+    facts, references, _ = learn(good, judged, calibration_of(judged), num_references=0)
     assert references is None and facts.measured
     assert facts.noise_floor is not None and facts.noise_floor > 0  # of fills by diffusion
 
@@ -248,7 +250,7 @@ def test_a_disc_is_never_filled_from_its_own_picture(side: int, tmp_path: Path) 
     frame = FRAME if side == SIDE else Frame(mode="tile", height=SIDE, width=SIDE, overlap=16)
     judged = judged_of(pictures, energies(2))
     judged.held_out.clear()
-    facts, references = learn(pictures, judged, calibration_of(judged), frame=frame)
+    facts, references, _ = learn(pictures, judged, calibration_of(judged), frame=frame)
     assert references is not None and len(references.pixels) == (2 if side == SIDE else 8)
     assert facts.noise_floor is not None and facts.noise_floor > 0.5
 
@@ -302,7 +304,8 @@ def test_relearning_equals_learning_but_for_the_references(good: list[GoodPictur
     calibration = calibration_of(judged)
     first = judged_of(good, energies(12))
     former = learn(good, first, calibration_of(first), num_references=4)
-    again = relearn_for_refiners(former, good, judged, calibration, FRAME, raw_scale(judged))
+    shared = Calibrations(calibration, {})
+    again = relearn_for_refiners(former, good, judged, shared, FRAME, raw_scale(judged))
     anew = learn(good, judged, calibration, num_references=4)
     assert again.facts == anew.facts.model_copy(update={"noise_floor": former.facts.noise_floor})
     assert again.references is former.references
@@ -314,8 +317,77 @@ def test_settled_energies_are_taken_as_they_are(good: list[GoodPicture]) -> None
     settled = judged_of(good, raw_scale(judged)(energies(12)))
     settled.pixel_statistics = judged.pixel_statistics
     former = ForRefiners(stand_in_facts(None), None)
-    calibration = calibration_of(judged)
-    raw = relearn_for_refiners(former, good, judged, calibration, FRAME, raw_scale(judged))
-    own = relearn_for_refiners(former, good, settled, calibration, FRAME, EnergyScale())
+    shared = Calibrations(calibration_of(judged), {})
+    raw = relearn_for_refiners(former, good, judged, shared, FRAME, raw_scale(judged))
+    own = relearn_for_refiners(former, good, settled, shared, FRAME, EnergyScale())
     assert own.facts.roi_high == pytest.approx(raw.facts.roi_high, rel=1e-6)
     assert isinstance(own.facts, RefineFacts) and own.references is None
+
+
+# --- of many products
+
+
+def two_products(folder: Path) -> tuple[list[GoodPicture], Judged]:
+    """Ten good pictures of each: smooth ones of low energies, and noisy ones of high."""
+    rng = np.random.default_rng(0)
+    smooth = [rng.integers(120, 124, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(10)]
+    noisy = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(10)]
+    pictures = [
+        *(replace(one, product="smooth") for one in pictures_of(save(folder / "smooth", *smooth))),
+        *(replace(one, product="noisy") for one in pictures_of(save(folder / "noisy", *noisy))),
+    ]
+    raw = energies(20)
+    raw[10:] *= 3
+    return pictures, judged_of(pictures, raw)
+
+
+def calibrations_of(pictures: Sequence[GoodPicture], judged: Judged, *products: str) -> Calibrations:
+    own = {
+        name: calibration_of(judged.of({one.key for one in pictures if one.product == name}))
+        for name in products
+    }
+    return Calibrations(calibration_of(judged), own)
+
+
+def test_each_product_has_facts_of_its_own_pictures(tmp_path: Path) -> None:
+    """One noise floor for all would be the noisy one's: no mask of a smooth part reached above it."""
+    pictures, judged = two_products(tmp_path)
+    both = calibrations_of(pictures, judged, "smooth", "noisy")
+    found = learn(pictures, judged, both.shared, by_product=both.by_product)
+    assert found.facts == learn(pictures, judged, both.shared).facts
+    smooth, noisy = found.product_facts["smooth"], found.product_facts["noisy"]
+    assert smooth.hold == both.by_product["smooth"].pixel_threshold
+    assert noisy.hold == both.by_product["noisy"].pixel_threshold
+    assert smooth.roi_high < noisy.roi_high and smooth.peak < noisy.peak
+    assert smooth.noise_floor is not None and noisy.noise_floor is not None
+    assert smooth.noise_floor < 0.1 * noisy.noise_floor
+    assert smooth.lighter != noisy.lighter
+
+
+def test_a_product_without_held_out_pictures_takes_the_facts_of_all(tmp_path: Path) -> None:
+    pictures, judged = two_products(tmp_path)
+    both = calibrations_of(pictures, judged, "smooth", "noisy")
+    judged.held_out = judged.held_out[:10]
+    found = learn(pictures, judged, both.shared, by_product=both.by_product)
+    assert set(found.product_facts) == {"smooth"}
+
+
+def test_fresh_pictures_of_one_product_change_its_facts_alone(tmp_path: Path) -> None:
+    pictures, judged = two_products(tmp_path)
+    both = calibrations_of(pictures, judged, "smooth", "noisy")
+    former = learn(pictures, judged, both.shared, by_product=both.by_product)
+    fresh = pictures[:10]
+    own = judged_of(fresh, energies(10, seed=7))
+    again = relearn_for_refiners(
+        former,
+        fresh,
+        own,
+        calibrations_of(fresh, own, "smooth"),
+        FRAME,
+        raw_scale(judged),
+        keep_shared=True,
+    )
+    assert again.facts == former.facts
+    assert again.product_facts["noisy"] == former.product_facts["noisy"]
+    assert again.product_facts["smooth"] != former.product_facts["smooth"]
+    assert again.product_facts["smooth"].noise_floor == former.product_facts["smooth"].noise_floor

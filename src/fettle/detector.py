@@ -218,10 +218,20 @@ class Detector:
         self.refuse_exported(
             f"cannot be refined with '{name}': its graph gives no gradients or patch energies"
         )
-        facts, references = self.for_refiners or (stand_in_facts(self.calibration.pixel_threshold), None)
+        facts, references, product_facts = self.for_refiners or ForRefiners(
+            stand_in_facts(self.calibration.pixel_threshold), None
+        )
         if references is not None:
             references = references.to(self.device)
-        return make_refiner(name, facts, references, everything=everything, preset=preset, settings=settings)
+        return make_refiner(
+            name,
+            facts,
+            references,
+            product_facts=product_facts,
+            everything=everything,
+            preset=preset,
+            settings=settings,
+        )
 
     def inspect(
         self,

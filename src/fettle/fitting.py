@@ -221,7 +221,7 @@ def fit_parts(
     for_refiners = learn_for_refiners(
         good.pictures,
         judged,
-        calibrations.shared,
+        calibrations,
         frame,
         num_references=request.refine_refs,
         generator=run.generator("refine/noise floor"),

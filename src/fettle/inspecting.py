@@ -144,14 +144,16 @@ class Inspector(Generic[Item]):
             return []
         chosen: list[bool] = []
         pictures: list[int] = []
+        products: list[str] = []
         for number, item in enumerate(loaded):
             own = slice(len(chosen), len(chosen) + len(item.placed.views))
             verdict = self._verdict(item, seen, fold_scores, own)
             wanted = verdict is not None and (self.refiner.everything or verdict is not Verdict.OK)
             chosen += [wanted] * len(item.placed.views)
             pictures += [number] * len(item.placed.views)
+            products += [self.product_of(item.item)] * len(item.placed.views)
         pixels, inside, maps = (torch.from_numpy(one).to(self.device) for one in (views, valid, seen.maps))
-        return self.refiner(self.methods[0], pixels, inside, maps, chosen, pictures)
+        return self.refiner(self.methods[0], pixels, inside, maps, chosen, pictures, products)
 
     def _answer(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -60,6 +60,18 @@ class Judged:
         self.held_out = (self.held_out + other.held_out)[:MOST_HELD_OUT]
         energies = [part for part in (self.energies, other.energies) if part is not None]
         self.energies = torch.cat(energies) if energies else None
+
+    def of(self, keys: Collection[str]) -> Judged:
+        """These pictures alone; `energies` stay those of all."""
+        chosen = [i for i, key in enumerate(self.keys) if key in keys]
+        return Judged(
+            [self.scores[i] for i in chosen],
+            [self.groups[i] for i in chosen],
+            [self.pixel_statistics[i] for i in chosen],
+            self.energies,
+            [self.keys[i] for i in chosen],
+            [one for one in self.held_out if one.key in keys],
+        )
 
 
 @dataclass(frozen=True)

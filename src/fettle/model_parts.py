@@ -46,6 +46,9 @@ def pack(parts: FittedParts) -> tuple[dict[str, Json], dict[str, Mapping[str, Te
             name: own.model_dump(mode="json") for name, own in calibrations.by_product.items()
         },
         "refine": None if kept is None else kept.facts.model_dump(mode="json"),
+        "product_refine": {}
+        if kept is None
+        else {name: own.model_dump(mode="json") for name, own in kept.product_facts.items()},
         "card": parts.card,
     }
     return content, tensors
@@ -54,7 +57,7 @@ def pack(parts: FittedParts) -> tuple[dict[str, Json], dict[str, Mapping[str, Te
 def pack_exported(parts: FittedParts, facts: ExportFacts) -> dict[str, Json]:
     """The manifest's content of a model whose method is a graph; refiners have no use for it."""
     content, _ = pack(parts)
-    return {**content, "refine": None, "export": facts.model_dump(mode="json")}
+    return {**content, "refine": None, "product_refine": {}, "export": facts.model_dump(mode="json")}
 
 
 def unpack(stored: StoredModel) -> FittedParts:
@@ -75,9 +78,13 @@ def unpack(stored: StoredModel) -> FittedParts:
     calibration = Calibration.model_validate(content["calibration"])
     by_product = {
         name: Calibration.model_validate(own)
-        for name, own in cast("dict[str, object]", content.get("product_calibrations", {})).items()
+        for name, own in _objects(content, "product_calibrations").items()
     }
-    for_refiners = _for_refiners(content.get("refine"), stored.tensors.get("references"))
+    for_refiners = _for_refiners(
+        content.get("refine"),
+        _objects(content, "product_refine"),
+        stored.tensors.get("references"),
+    )
     card = content["card"]
     if not isinstance(card, dict):
         raise TypeError("its card is no object")
@@ -98,12 +105,24 @@ def unpack(stored: StoredModel) -> FittedParts:
     return FittedParts(methods[0], tuple(methods[1:]), frame, calibrations, card, for_refiners)
 
 
-def _for_refiners(facts: Json, references: Mapping[str, Tensor] | None) -> ForRefiners | None:
+def _objects(content: Mapping[str, Json], key: str) -> dict[str, Json]:
+    """An object in the content; empty where an older model lacks it."""
+    found = content.get(key, {})
+    if not isinstance(found, dict):
+        raise TypeError(f"its {key} are no object")
+    return found
+
+
+def _for_refiners(
+    facts: Json, product_facts: Mapping[str, object], references: Mapping[str, Tensor] | None
+) -> ForRefiners | None:
     """What a model folder keeps for refiners; None in one that was written before they were."""
     if facts is None:
         return None
     return ForRefiners(
-        RefineFacts.model_validate(facts), None if references is None else References.of(references)
+        RefineFacts.model_validate(facts),
+        None if references is None else References.of(references),
+        {name: RefineFacts.model_validate(own) for name, own in product_facts.items()},
     )
 
 

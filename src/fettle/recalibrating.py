@@ -98,9 +98,11 @@ def recalibrate(
     unread: list[Json] = [refusal.reason for refusal in [*gathered.refused, *refused]]
     for_refiners = parts.for_refiners
     shared = parts.calibrations.shared if missing else calibrations.shared
-    if for_refiners is not None and not missing:
+    if for_refiners is not None:
         scale = EnergyScale() if template is None else raw_scale(judged)  # else they are settled already
-        for_refiners = relearn_for_refiners(for_refiners, fresh, judged, shared, parts.frame, scale)
+        for_refiners = relearn_for_refiners(
+            for_refiners, fresh, judged, calibrations, parts.frame, scale, keep_shared=bool(missing)
+        )
     if missing:
         notes.append(
             f"No fresh picture of {', '.join(missing)}: the former thresholds stay, and those shared by all."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from fettle.errors import UsageError
 from fettle.feature_stream import GoodPicture
 from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
-from fettle.judged import HeldOut, Judged
+from fettle.judged import Calibrations, HeldOut, Judged
 from fettle.layers.energy_scale import EnergyScale
 from fettle.layers.pixel_map import valid_tokens
 from fettle.protocols import Progress
@@ -36,16 +37,21 @@ _FLAT = 1e-6
 
 
 class ForRefiners(NamedTuple):
-    """What a model keeps for refiners."""
+    """What a model keeps for refiners.
+
+    `product_facts` are the same facts from each product's own pictures, in a model of many products. One that
+    has none of its own takes those of all.
+    """
 
     facts: RefineFacts
     references: References | None
+    product_facts: Mapping[str, RefineFacts] = MappingProxyType({})
 
 
 def learn_for_refiners(
     pictures: Sequence[GoodPicture],
     judged: Judged,
-    calibration: Calibration,
+    calibrations: Calibrations,
     frame: Frame,
     *,
     num_references: int,
@@ -58,12 +64,12 @@ def learn_for_refiners(
     Args:
         pictures: all good ones.
         judged: what those that were not learnt from scored.
-        calibration: pictures that it rejects are no references.
+        calibrations: pictures that the shared one rejects are no references.
         num_references: 0 keeps none; fills are then by diffusion, and so is the noise floor's.
         generator: for the places of the noise floor's discs.
         scale: of the raw energies in `judged`.
     """
-    rejected = _rejected(judged, calibration)
+    rejected = _rejected(judged, calibrations.shared)
     held_out = {one.key: one for one in judged.held_out}
     by_key = sorted(pictures, key=lambda picture: picture.key)
     ordered = [p for i, p in enumerate(by_key) if i < _MOST_LOOKED_AT or p.key in held_out]
@@ -78,19 +84,33 @@ def learn_for_refiners(
             if key not in rejected:
                 looked.consider(loaded.item, views, valid)
     references, own_numbers = _references(looked, frame, num_references)
-    floor = _noise_floor(ordered, set(held_out), frame, references, own_numbers, generator)
-    return ForRefiners(_facts(judged, calibration, looked, floor), references)
+
+    def floor_of(own: Sequence[GoodPicture]) -> float | None:
+        return _noise_floor(own, set(held_out), frame, references, own_numbers, generator)
+
+    facts = _facts(judged, calibrations.shared, looked, floor_of(ordered))
+    floors = {
+        product: floor_of([picture for picture in ordered if picture.product == product])
+        for product in sorted(calibrations.by_product)
+    }
+    return ForRefiners(facts, references, _product_facts(pictures, judged, calibrations, looked, floors))
 
 
 def relearn_for_refiners(
     former: ForRefiners,
     pictures: Sequence[GoodPicture],
     judged: Judged,
-    calibration: Calibration,
+    calibrations: Calibrations,
     frame: Frame,
     scale: EnergyScale,
+    *,
+    keep_shared: bool = False,
 ) -> ForRefiners:
-    """The same references, and the numbers that follow from maps anew, from fresh good pictures."""
+    """The same references, and the numbers that follow from maps anew, from fresh good pictures.
+
+    Args:
+        keep_shared: these are not of all products, so that only their own products' numbers change.
+    """
     held_out = {one.key: one for one in judged.held_out}
     looked = _Looked()
     known = [picture for picture in pictures if picture.key in held_out]
@@ -98,16 +118,40 @@ def relearn_for_refiners(
         if isinstance(loaded, Loaded):
             views, valid = (torch.from_numpy(a) for a in (loaded.placed.views, loaded.placed.valid))
             looked.measure(held_out[loaded.item.key], views, valid, scale)
-    facts = _facts(judged, calibration, looked, former.facts.noise_floor)
-    return ForRefiners(facts, former.references)
+    facts = former.facts
+    if not keep_shared:
+        facts = _facts(judged, calibrations.shared, looked, facts.noise_floor)
+    floors = {
+        product: former.product_facts.get(product, former.facts).noise_floor
+        for product in calibrations.by_product
+    }
+    own = _product_facts(pictures, judged, calibrations, looked, floors)
+    return ForRefiners(facts, former.references, {**former.product_facts, **own})
+
+
+def _product_facts(
+    pictures: Sequence[GoodPicture],
+    judged: Judged,
+    calibrations: Calibrations,
+    looked: _Looked,
+    floors: Mapping[str, float | None],
+) -> dict[str, RefineFacts]:
+    """Of each product whose own pictures tell them."""
+    found: dict[str, RefineFacts] = {}
+    for product, calibration in sorted(calibrations.by_product.items()):
+        keys = {picture.key for picture in pictures if picture.product == product}
+        facts = _facts(judged.of(keys), calibration, looked.of(keys), floors[product])
+        if facts.measured:
+            found[product] = facts
+    return found
 
 
 @dataclass
 class _Looked:
     """What one walk over good pictures found."""
 
-    peaks: list[float] = field(default_factory=list)  # largest settled energy of each held-out picture
-    lighter: dict[LighterName, list[float]] = field(default_factory=lambda: {"blur": [], "guided": []})
+    peaks: dict[str, float] = field(default_factory=dict)  # largest settled energy by held-out picture's key
+    lighter: dict[LighterName, dict[str, float]] = field(default_factory=lambda: {"blur": {}, "guided": {}})
     thumbnails: list[Tensor] = field(default_factory=list)
     owners: list[tuple[GoodPicture, int]] = field(default_factory=list)  # of each: picture, and which view
 
@@ -117,7 +161,7 @@ class _Looked:
         tokens = valid_tokens(valid, (z.shape[1], z.shape[2]))
         if not bool(tokens.any()):
             return
-        self.peaks.append(float(z[tokens].max()))
+        self.peaks[one.key] = float(z[tokens].max())
         inside = valid[:, 0].numpy().reshape(-1, valid.shape[-1])
         maps: dict[LighterName, Tensor] = {
             "blur": light_blur(z, valid),
@@ -125,7 +169,15 @@ class _Looked:
         }
         for name, values in maps.items():
             flat = values.numpy().reshape(-1, values.shape[-1])
-            self.lighter[name].append(pixel_statistic(flat, inside))
+            self.lighter[name][one.key] = pixel_statistic(flat, inside)
+
+    def of(self, keys: Collection[str]) -> _Looked:
+        """What was measured on these pictures."""
+
+        def own(values: Mapping[str, float]) -> dict[str, float]:
+            return {key: value for key, value in values.items() if key in keys}
+
+        return _Looked(own(self.peaks), {name: own(values) for name, values in self.lighter.items()})
 
     def consider(self, picture: GoodPicture, views: Tensor, valid: Tensor) -> None:
         """Remember small pictures of the views that show something, as long as there are not too many."""
@@ -205,14 +257,14 @@ def _facts(judged: Judged, calibration: Calibration, looked: _Looked, floor: flo
     alpha = calibration.alpha_reject
 
     def scale_of(name: LighterName) -> LighterScale:
-        cut = pixel_threshold(looked.lighter[name], alpha)[0]
+        cut = pixel_threshold([*looked.lighter[name].values()], alpha)[0]
         factor = (threshold - low) / cut if cut > 0 and threshold > low else 1.0
         return LighterScale(factor, low)
 
     # Refined maps are clipped at the peak, and what the threshold marks must stay above it.
     peak = max(_PEAK * median(judged.pixel_statistics), 2 * threshold)
     return RefineFacts(
-        roi_high=max(float(np.quantile(looked.peaks, _HIGH_SHARE)), 1.0),
+        roi_high=max(float(np.quantile([*looked.peaks.values()], _HIGH_SHARE)), 1.0),
         peak=peak if peak > 0 else _PEAK * 1e-6,
         hold=threshold,
         noise_floor=floor or None,

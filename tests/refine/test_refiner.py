@@ -146,6 +146,22 @@ def test_f2pad_gets_the_facts_and_settings() -> None:
     assert found.record.refined == "empty_roi"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_a_product_get_its_facts(name: str) -> None:
+    """Product b's region must reach higher than any does, and its less blurred maps are lower."""
+    views, valid, base = pair()
+    lower = {"blur": LighterScale(0.1, 0.0), "guided": LighterScale(0.1, 0.0)}
+    of_b = FACTS.model_copy(update={"roi_high": 9.0, "lighter": lower})
+    made = refiner(name, product_facts={"b": of_b})
+    method = GreyMethod()
+    alone = refiner(name)(method, views, valid, base, [True, True])  # type: ignore[arg-type]
+    found = made(method, views, valid, base, [True, True], [0, 1], ["b", "a"])  # type: ignore[arg-type]
+    assert torch.equal(found[1].anomaly_map, alone[1].anomaly_map)
+    assert not torch.equal(found[0].anomaly_map, alone[0].anomaly_map)
+    if name not in ("blur", "guided"):
+        assert [one.record.refined for one in found] == ["empty_roi", alone[1].record.refined]
+
+
 def test_a_refiner_says_what_it_works_with() -> None:
     described = refiner("f2pad", {"iters": 5}, everything=True).describe()
     json.dumps(described, allow_nan=False)

@@ -46,13 +46,15 @@ class Refiner:
         name: "blur" and "guided" are the method's own map with less blur, or filtered along the picture's
             edges; "grabcut" cuts by colours, seeded by the map; "difference" is F2PAD without an iteration.
         facts, references: of good pictures; F2PAD fills from all of these references.
-        config: of F2PAD. everything: pictures whose verdict is ok, too.
+        config: of F2PAD. product_facts: in place of `facts`, for pictures of these products.
+        everything: pictures whose verdict is ok, too.
     """
 
     name: RefinerName
     facts: RefineFacts
     references: References | None
     config: F2PADConfig
+    product_facts: Mapping[str, RefineFacts]
     everything: bool = False
 
     def __call__(
@@ -63,23 +65,56 @@ class Refiner:
         base_maps: Tensor,
         chosen: Sequence[bool],
         pictures: Sequence[int] | None = None,
+        products: Sequence[str] | None = None,
     ) -> list[Refined]:
         """Refine the chosen ones. Whatever goes wrong with one is its record's, and its base map stands.
 
         Args:
             views: (B, 3, H, W) in 0..1. valid: (B, 1, H, W) bool. base_maps: (B, H, W), the method's own.
             pictures: see `refine_f2pad`.
+            products: of each view, "" where it is not known; None: of none.
         """
+        names = [name if name in self.product_facts else "" for name in products or [""] * len(views)]
+        found: dict[int, Refined] = {}
+        for name in dict.fromkeys(names):
+            own = [i for i, one in enumerate(names) if one == name]
+            answers = self._alike(
+                method,
+                views[own],
+                valid[own],
+                base_maps[own],
+                self.product_facts.get(name, self.facts),
+                [chosen[i] for i in own],
+                None if pictures is None else [pictures[i] for i in own],
+            )
+            found |= dict(zip(own, answers, strict=True))
+        return [found[i] for i in range(len(views))]
+
+    def _alike(
+        self,
+        method: Method,
+        views: Tensor,
+        valid: Tensor,
+        base_maps: Tensor,
+        facts: RefineFacts,
+        chosen: Sequence[bool],
+        pictures: Sequence[int] | None,
+    ) -> list[Refined]:
+        """Views that these facts are about."""
         if self.name in ("f2pad", "difference"):
-            facts = self.facts.with_references(self.references)
+            known = facts.with_references(self.references)
             return refine_f2pad(
-                method, views, valid, base_maps, facts, self.config, chosen=chosen, pictures=pictures
+                method, views, valid, base_maps, known, self.config, chosen=chosen, pictures=pictures
             )
         rows = zip(views, valid, base_maps, chosen, strict=True)
-        return [self._one(method, *(part[None] for part in row[:3]), chosen=row[3]) for row in rows]
+        return [
+            self._one(method, *(part[None] for part in row[:3]), facts=facts, chosen=row[3]) for row in rows
+        ]
 
     @torch.no_grad()
-    def _one(self, method: Method, view: Tensor, valid: Tensor, base: Tensor, *, chosen: bool) -> Refined:
+    def _one(
+        self, method: Method, view: Tensor, valid: Tensor, base: Tensor, *, facts: RefineFacts, chosen: bool
+    ) -> Refined:
         if not chosen:
             return Refined(base[0], None, None, RefineRecord(refined="gate", gate_reason="verdict_ok"))
         start = time.perf_counter()
@@ -87,29 +122,29 @@ class Refiner:
             z = method.patch_energy(view, valid).float()
             if not bool(z[valid_tokens(valid, (z.shape[-2], z.shape[-1]))].isfinite().all()):
                 raise DataError(NOT_FINITE, "Look at its pixels.")
-            refined = (self._cut if self.name == "grabcut" else self._lighter)(z, view, valid, base)
+            refined = (self._cut if self.name == "grabcut" else self._lighter)(z, view, valid, base, facts)
         except Exception as error:
             refined = Refined(base[0], None, None, RefineRecord(refined="error", error=in_one_line(error)))
         seconds = {"seconds": time.perf_counter() - start}
         return refined._replace(record=refined.record.model_copy(update=seconds))
 
-    def _lighter(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor) -> Refined:
+    def _lighter(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor, facts: RefineFacts) -> Refined:
         """The map with less blur, in the base map's unit."""
         if self.name == "guided":
-            scale, found = self.facts.lighter["guided"], guided_map(z, view, valid)
+            scale, found = facts.lighter["guided"], guided_map(z, view, valid)
         else:
-            scale, found = self.facts.lighter["blur"], light_blur(z, valid)
+            scale, found = facts.lighter["blur"], light_blur(z, valid)
         lighter = torch.where(valid[0, 0], scale.factor * found[0] + scale.offset, 0)
         return Refined(lighter, None, None, RefineRecord(refined="yes", applied=True))
 
-    def _cut(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor) -> Refined:
+    def _cut(self, z: Tensor, view: Tensor, valid: Tensor, base: Tensor, facts: RefineFacts) -> Refined:
         height, width = view.shape[-2:]
         lengths = Lengths(self.config, height, width)
         pixel_z = pixel_map(z, valid, 0)[0].cpu().numpy()
         roi = find_roi(
             pixel_z,
             valid[0, 0].cpu().numpy(),
-            high=self.facts.roi_high,
+            high=facts.roi_high,
             low=self.config.roi_low,
             rel=self.config.roi_rel,
             dilate=lengths.dilate,
@@ -132,7 +167,7 @@ class Refiner:
         inside = torch.from_numpy(roi.mask).to(base.device)
         record = RefineRecord(refined="yes", applied=True).model_copy(update=known)
         return Refined(
-            refined_map(base[0], soft, inside, peak=self.facts.peak, hold=self.facts.hold),
+            refined_map(base[0], soft, inside, peak=facts.peak, hold=facts.hold),
             soft,
             torch.ones_like(soft, dtype=torch.bool),
             record,
@@ -154,6 +189,7 @@ def make_refiner(
     facts: RefineFacts,
     references: References | None,
     *,
+    product_facts: Mapping[str, RefineFacts] | None = None,
     everything: bool = False,
     preset: str | None = None,
     settings: Mapping[str, object] | None = None,
@@ -178,4 +214,4 @@ def make_refiner(
     if name == "difference":
         config = config.model_copy(update={"iters": 0})
     own = next(known for known in REFINERS if known == name)
-    return Refiner(own, facts, usable_references(references, config), config, everything)
+    return Refiner(own, facts, usable_references(references, config), config, product_facts or {}, everything)
