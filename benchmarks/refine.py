@@ -12,6 +12,7 @@ GROUP-DATA-METHOD-ARM-SEED:
 - ablation: F2PAD with one field changed, on defective pictures only, at 256 px: 20 a real product; 4 a
   rendered one, which the main cells refine besides. "fields" are all rows, "core" the few that every base
   and seed gets.
+- many: the other methods, one model for all rendered parts; fewer pictures a product.
 - chosen: how F2PAD's values were chosen, on defects drawn onto good pictures (`bench.drawn`): the fields that
   were a choice, on 10 pictures with a defect and 5 good ones.
 
@@ -40,6 +41,7 @@ from fettle.bench.records import record_path
 from fettle.bench.refinement import refine_and_measure
 from fettle.datasets.open import open_dataset
 from fettle.datasets.parts import PRODUCTS, write_parts
+from fettle.datasets.products import open_products
 from fettle.datasets.records import Dataset, Record
 from fettle.detector import Detector
 from fettle.protocols import Json
@@ -63,6 +65,7 @@ COARSE = {
 }
 REFINERS = ("none", "blur", "guided", "grabcut", "difference", "f2pad")
 MOST_DEFECTIVE, MOST_COARSE, MOST_GOOD = 20, 10, 10
+MANY_DEFECTIVE, MANY_GOOD = 8, 4
 ABLATION_PARTS = 4
 CHOSEN_DEFECTIVE, CHOSEN_GOOD = 10, 5
 NO_CAP: Mapping[str, object] = {"time_cap_s": 1000.0}
@@ -121,6 +124,9 @@ def cells() -> Iterator[Cell]:
         for data in FRAMES:
             for method in OTHERS:
                 yield cell("main", data, method, "refiners", seed, SQUARE)  # their grids are square
+    for seed in SEEDS:
+        for method in OTHERS:
+            yield cell("many", "parts", method, "refiners", seed, {**SQUARE, "multi_class": True})
     for data in DRAWN:
         yield cell("chosen", f"drawn_{data}", "patchcore", "choices", 0, SQUARE)
 
@@ -139,12 +145,16 @@ def cell(
 
 def open_data(name: str) -> Dataset:
     """A real product, one with drawn defects, or rendered parts, whose masks are exact."""
-    if not name.startswith(PARTS):
+    if not name.startswith("parts"):
         return open_real(name)
     folder = Path(tempfile.gettempdir()) / f"fettle-refine-parts-{os.getuid()}"
     if not folder.exists():
         write_parts(folder, train=60, test_good=10, defects=4)
-    return open_dataset(folder / name.removeprefix(PARTS))
+    return (
+        open_products(folder, PRODUCTS)
+        if name == "parts"
+        else open_dataset(folder / name.removeprefix(PARTS))
+    )
 
 
 def chosen_by_content(records: Sequence[Record], most: int) -> list[Record]:
@@ -155,12 +165,14 @@ def chosen_by_content(records: Sequence[Record], most: int) -> list[Record]:
 def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Json]:
     """What a record holds besides: figures by part, refiner or field, and mode."""
     group, data, method, _, seed = cell_of.name.split("-")
+    refiners = {name: (name, NO_CAP if name in ("difference", "f2pad") else {}) for name in REFINERS}
+    if group == "many":
+        return {name: measure_product(detector, dataset, name, refiners) for name in PRODUCTS}
     coarse = COARSE.get(data, ())
     good = chosen_by_content([r for r in dataset.for_testing() if r.is_good], MOST_GOOD)
     defective = [r for r in dataset.for_testing() if not r.is_good and r.mask is not None]
     tight = chosen_by_content([r for r in defective if r.defect not in coarse], MOST_DEFECTIVE)
     loose = chosen_by_content([r for r in defective if r.defect in coarse], MOST_COARSE)
-    refiners = {name: (name, NO_CAP if name in ("difference", "f2pad") else {}) for name in REFINERS}
     fields = {
         name: ("f2pad", {**NO_CAP, **fields})
         for name, fields in ABLATIONS.items()
@@ -177,6 +189,19 @@ def measure(cell_of: Cell, detector: Detector, dataset: Dataset) -> dict[str, Js
     if data.startswith(PARTS):
         found |= refine_and_measure(detector, {"ablation": tight[:ABLATION_PARTS]}, fields)
     return found
+
+
+def measure_product(
+    detector: Detector,
+    dataset: Dataset,
+    product: str,
+    refiners: Mapping[str, tuple[str, Mapping[str, object]]],
+) -> Json:
+    """Figures of one product of a model of many."""
+    own = [record for record in dataset.for_testing() if record.product == product]
+    defective = chosen_by_content([record for record in own if record.mask is not None], MANY_DEFECTIVE)
+    good = chosen_by_content([record for record in own if record.is_good], MANY_GOOD)
+    return refine_and_measure(detector, {"tight": [*defective, *good]}, refiners, product)["tight"]
 
 
 Figures = Mapping[str, float | None]
@@ -203,6 +228,12 @@ def table() -> None:
         print_rows(records, "main", "tight", mode, REFINERS, REAL, OTHERS, figures_of)
         print("\nChange of pixel AUROC / AUPRO against the method's own map, points:\n")
         print_rows(records, "main", "tight", mode, REFINERS[1:], REAL, OTHERS, change_of)
+    print("\n#### One model for all rendered parts: pixel AP / IoU / boundary F\n")
+    for words, mode in (("Every picture refined:", "all"), ("As used:", "gated")):
+        print(f"\n{words}\n")
+        print_rows(records, "many", "tight", mode, REFINERS, ("parts",), OTHERS, figures_of)
+        print("\nChange of pixel AUROC / AUPRO, points:\n")
+        print_rows(records, "many", "tight", mode, REFINERS[1:], ("parts",), OTHERS, change_of)
     print("\n#### The other methods on coarse masks, every picture refined: pixel AP / IoU / boundary F\n")
     print_rows(records, "main", "coarse", "all", REFINERS, REAL, OTHERS, figures_of)
     for group, structural in (("colours of their own", False), ("structure", True)):
@@ -266,6 +297,10 @@ def runs_of(
     records: Mapping[str, Mapping[str, Json]], group: str, data: str, method: str, part: str
 ) -> list[Run]:
     """One for each seed; of "parts" the means over the products, where all are there."""
+    if group == "many":
+        models = [record_of(records, f"{group}-{data}-{method}-", seed) for seed in SEEDS]
+        known = [cast("Mapping[str, Run]", record["extra"]) for record in models if record is not None]
+        return [mean_run([own[product] for product in PRODUCTS]) for own in known]
     products = tuple(f"{PARTS}{product}" for product in PRODUCTS) if data == "parts" else (data,)
     found = []
     for seed in SEEDS:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fettle.bench.refinement import refine_and_measure
-from fettle.calibration import calibrate
+from fettle.calibration import Calibration, calibrate
 from fettle.datasets.records import Record
 from fettle.detector import Detector
 from fettle.inspection import Inspection, Verdict
@@ -26,15 +26,21 @@ class StubDetector:
     """Its base map marks half of the truth too much; "f2pad" marks the truth itself."""
 
     calibration = calibrate([0.1] * 100, target_frr=0.05, mode="holdout", pixel_statistics=[0.5] * 100)
+    of_coarse = calibrate([0.1] * 100, target_frr=0.05, mode="holdout", pixel_statistics=[0.95] * 100)
 
     def __init__(self, verdicts: dict[str, Verdict]) -> None:
         self.verdicts = verdicts
+        self.products: set[str] = set()
 
     def refiner(self, name: str, *, everything: bool, settings: Any) -> str:
         assert everything
         return name
 
-    def inspect(self, paths: list[Path], *, refine: str) -> Iterator[Inspection]:
+    def calibration_of(self, product: str) -> Calibration:
+        return {"": self.calibration, "coarse": self.of_coarse}[product]
+
+    def inspect(self, paths: list[Path], *, product: str, refine: str) -> Iterator[Inspection]:
+        self.products.add(product)
         (path,) = paths
         values = np.zeros((SIDE, SIDE), np.float32)
         good = path.stem.startswith("good")
@@ -74,3 +80,12 @@ def test_gated_takes_the_base_where_the_verdict_is_ok(records: list[Record]) -> 
     assert found["f2pad"]["all"]["states"] == {"yes": 2}
     assert found["f2pad"]["all"]["seconds_per_refined_image"] == 2.0
     assert found["f2pad"]["all"]["per_defect"]["dent"]["num_defective"] == 2
+
+
+def test_a_products_thresholds_are_taken(records: list[Record]) -> None:
+    """Its pixel threshold lies above the base map, which then marks nothing."""
+    detector = StubDetector(dict.fromkeys(("good0", "good1", "bad0", "bad1"), Verdict.REVIEW))
+    arms: dict[str, tuple[str, dict[str, object]]] = {"none": ("none", {})}
+    measured = refine_and_measure(cast(Detector, detector), {"all": records}, arms, "coarse")
+    assert cast("dict[str, dict[str, dict[str, Any]]]", measured["all"])["none"]["all"]["iou"] == 0
+    assert detector.products == {"coarse"}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from fettle.calibration import Calibration
 from fettle.datasets.records import Record
 from fettle.detector import Detector
 from fettle.evaluation import Evaluation
@@ -25,24 +26,28 @@ def refine_and_measure(
     detector: Detector,
     parts: Mapping[str, Sequence[Record]],
     arms: Mapping[str, tuple[str, Mapping[str, object]]],
+    product: str = "",
 ) -> dict[str, Json]:
     """Figures by part, arm and mode: "all" refines every picture, "gated" those whose verdict is not ok.
 
     Args:
         parts: labelled pictures, good ones too, by the part's name; one may be in several.
         arms: a refiner's name and the fields to change, by the arm's name.
+        product: whose pictures they are, of a model of many.
     """
     records = {record.path: record for part in parts.values() for record in part}
-    base = {path: _inspect(detector, record, "none", {}) for path, record in records.items()}
+    base = {path: _inspect(detector, record, "none", {}, product) for path, record in records.items()}
     found: dict[str, dict[str, Json]] = {name: {} for name in parts}
     for arm, (refiner, fields) in arms.items():
         refined = base
         if refiner != "none":
-            refined = {path: _inspect(detector, record, refiner, fields) for path, record in records.items()}
+            refined = {
+                path: _inspect(detector, record, refiner, fields, product) for path, record in records.items()
+            }
         for name, part in parts.items():
             answers = [(one, base[one.path], refined[one.path]) for one in part]
             found[name][arm] = _figures(
-                detector,
+                detector.calibration_of(product),
                 [
                     (one, plain, sharp)
                     for one, plain, sharp in answers
@@ -52,9 +57,9 @@ def refine_and_measure(
     return cast("dict[str, Json]", found)
 
 
-def _figures(detector: Detector, answers: Sequence[tuple[Record, Inspection, Inspection]]) -> Json:
+def _figures(calibration: Calibration, answers: Sequence[tuple[Record, Inspection, Inspection]]) -> Json:
     """By mode, of records with their plain and their refined answers."""
-    evaluations = {mode: _evaluation(detector) for mode in ("all", "gated")}
+    evaluations = {mode: _evaluation(calibration) for mode in ("all", "gated")}
     states: Counter[str] = Counter()
     for record, plain, refined in answers:
         if refined.refinement is not None:
@@ -78,15 +83,14 @@ def _figures(detector: Detector, answers: Sequence[tuple[Record, Inspection, Ins
     return modes
 
 
-def _evaluation(detector: Detector) -> Evaluation:
-    calibration = detector.calibration
+def _evaluation(calibration: Calibration) -> Evaluation:
     return Evaluation(promise_of(calibration), boundaries=True, pixel_threshold=calibration.pixel_threshold)
 
 
 def _inspect(
-    detector: Detector, record: Record, refiner: str, fields: Mapping[str, object]
+    detector: Detector, record: Record, refiner: str, fields: Mapping[str, object], product: str
 ) -> Inspection | None:
     """The answer for one picture, whatever its verdict; None where it was refused."""
     made = detector.refiner(refiner, everything=True, settings=fields)
-    (answer,) = detector.inspect([record.path], refine=made)
+    (answer,) = detector.inspect([record.path], product=product, refine=made)
     return answer if isinstance(answer, Inspection) else None
