@@ -30,6 +30,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -148,8 +149,11 @@ def open_data(name: str) -> Dataset:
     if not name.startswith("parts"):
         return open_real(name)
     folder = Path(tempfile.gettempdir()) / f"fettle-refine-parts-{os.getuid()}"
-    if not folder.exists():
-        write_parts(folder, train=60, test_good=10, defects=4)
+    if not folder.exists():  # another process may be at it too
+        own = folder.with_name(f"{folder.name}-{os.getpid()}")
+        write_parts(own, train=60, test_good=10, defects=4)
+        with suppress(OSError):
+            own.rename(folder)
     return (
         open_products(folder, PRODUCTS)
         if name == "parts"
