@@ -131,9 +131,25 @@ def test_damaged_facts_are_refused(fitted: Detector, tmp_path: Path) -> None:
     stored = read_model(tmp_path / "model")
     facts = cast("dict[str, Any]", stored.content["refine"])
     for wrong in ({**facts, "peak": -1}, {**facts, "lighter": {}}, {**facts, "more": 1}, [1]):
-        write_model(tmp_path / "model", {**stored.content, "refine": wrong}, stored.tensors)
+        for content in ({"refine": wrong}, {"product_refine": {"nut": wrong}}):
+            write_model(tmp_path / "model", {**stored.content, **content}, stored.tensors)
+            with pytest.raises(ModelFolderError, match="damaged"):
+                Detector.load(tmp_path / "model")
+
+
+def test_what_should_be_kept_by_product_must_be_an_object(fitted: Detector, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    stored = read_model(tmp_path / "model")
+    for key in ("product_refine", "product_calibrations"):
+        write_model(tmp_path / "model", {**stored.content, key: [1]}, stored.tensors)
         with pytest.raises(ModelFolderError, match="damaged"):
             Detector.load(tmp_path / "model")
+
+
+def test_a_model_written_before_products_had_facts_loads(fitted: Detector, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    rewrite(tmp_path / "model", without=("product_refine",))
+    assert kept(Detector.load(tmp_path / "model")).product_facts == {}
 
 
 # --- recalibrated
