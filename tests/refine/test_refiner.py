@@ -162,6 +162,26 @@ def test_pictures_of_a_product_get_its_facts(name: str) -> None:
         assert [one.record.refined for one in found] == ["empty_roi", alone[1].record.refined]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_all_products_together_are_told(name: str) -> None:
+    """Not where the product's own were taken, nothing was done, or the model is of one product."""
+    views, valid, base = pair()
+    method = GreyMethod()
+    made = refiner(name, product_facts={"b": FACTS})
+
+    def notes(chosen: list[bool], products: list[str] | None) -> list[list[str]]:
+        found = made(method, views, valid, base, chosen, [0, 1], products)  # type: ignore[arg-type]
+        return [[n for n in one.record.notes if "all products together" in n] for one in found]
+
+    unnamed = "Refined by the numbers of all products together: no product was named."
+    other = "Refined by the numbers of all products together: 'a' has none of its own."
+    assert notes([True, True], None) == [[unnamed], [unnamed]]
+    assert notes([True, True], ["b", "a"]) == [[], [other]]
+    assert notes([False, True], ["", ""]) == [[], [unnamed]]
+    made = refiner(name)
+    assert notes([True, True], ["a", ""]) == [[], []]
+
+
 def test_a_refiner_says_what_it_works_with() -> None:
     described = refiner("f2pad", {"iters": 5}, everything=True).describe()
     json.dumps(described, allow_nan=False)

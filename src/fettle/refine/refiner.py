@@ -74,7 +74,8 @@ class Refiner:
             pictures: see `refine_f2pad`.
             products: of each view, "" where it is not known; None: of none.
         """
-        names = [name if name in self.product_facts else "" for name in products or [""] * len(views)]
+        asked = products or [""] * len(views)
+        names = [name if name in self.product_facts else "" for name in asked]
         found: dict[int, Refined] = {}
         for name in dict.fromkeys(names):
             own = [i for i, one in enumerate(names) if one == name]
@@ -88,7 +89,16 @@ class Refiner:
                 None if pictures is None else [pictures[i] for i in own],
             )
             found |= dict(zip(own, answers, strict=True))
-        return [found[i] for i in range(len(views))]
+        return [self._told(found[i], name) for i, name in enumerate(asked)]
+
+    def _told(self, refined: Refined, product: str) -> Refined:
+        """With a note where numbers of other products stand in for this one's."""
+        record = refined.record
+        if not self.product_facts or product in self.product_facts or record.gate_reason == "verdict_ok":
+            return refined
+        why = f"'{product}' has none of its own" if product else "no product was named"
+        note = f"Refined by the numbers of all products together: {why}."
+        return refined._replace(record=record.model_copy(update={"notes": (*record.notes, note)}))
 
     def _alike(
         self,
