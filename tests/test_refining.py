@@ -126,6 +126,35 @@ def test_numbers_are_those_of_the_good_pictures(
     assert calibration.pixel_threshold is not None and facts.peak > calibration.pixel_threshold
 
 
+def test_f2pad_takes_the_bound_of_the_energies_that_it_sees(good: list[GoodPicture]) -> None:
+    """Without a bound on them the bound of regions is that of the peaks there, GrabCut's stays that of the
+    bounded ones; and each product has its own."""
+    judged = judged_of(good, energies(12))
+    loud = 3 * energies(12, seed=5) - 10
+    judged.held_out = [
+        one._replace(unbounded=(grid,)) for one, grid in zip(judged.held_out, loud, strict=True)
+    ]
+    calibration, scale = calibration_of(judged), raw_scale(judged)
+    (facts, *_) = learn(good, judged, calibration)
+    assert facts.roi_high_unbounded == pytest.approx(
+        np.quantile([float(scale(grid).max()) for grid in loud], 0.9), rel=1e-6
+    )
+    assert facts.roi_high_unbounded > 1.5 * facts.roi_high
+    assert facts.with_references(None).roi_high == facts.roi_high_unbounded
+    half = [replace(picture, product="a" if i % 2 else "b") for i, picture in enumerate(good)]
+    own = learn(half, judged, calibration, by_product={"a": calibration, "b": calibration}).product_facts
+    peaks = [float(scale(grid).max()) for grid in loud[1::2]]
+    assert own["a"].roi_high_unbounded == pytest.approx(np.quantile(peaks, 0.9), rel=1e-6)
+
+
+def test_without_other_energies_there_is_one_bound(
+    learnt: tuple[Judged, Calibration, ForRefiners],
+) -> None:
+    facts = learnt[2].facts
+    assert facts.roi_high_unbounded is None
+    assert facts.with_references(None).roi_high == facts.roi_high
+
+
 @pytest.mark.parametrize("name", ["blur", "guided"])
 def test_a_lighter_maps_own_threshold_falls_on_the_base_maps(
     name: str, good: list[GoodPicture], learnt: tuple[Judged, Calibration, ForRefiners]
@@ -284,12 +313,16 @@ def test_held_out_pictures_keep_their_energies_as_they_are() -> None:
 
     def view(key: str, number: int, inside: Tensor) -> LeftOut:
         values = torch.full((1, 16, 16), float(number)) * inside[:, 0]
-        return LeftOut(key, key, Maps(values, values.flatten(1).amax(1)), inside, grids[number : number + 1])
+        grid = grids[number : number + 1]
+        loud = None if key == "a" else 2 * grid
+        return LeftOut(key, key, Maps(values, values.flatten(1).amax(1)), inside, grid, loud)
 
     judged = gather_judged([view("a", 0, valid), view("b", 1, half), view("b", 2, valid)], 2)
     assert [one.key for one in judged.held_out] == ["a", "b"]
     assert [len(one.energies) for one in judged.held_out] == [1, 2]
     assert torch.equal(judged.held_out[1].energies[0], grids[1])
+    assert [len(one.unbounded) for one in judged.held_out] == [0, 2]
+    assert torch.equal(judged.held_out[1].unbounded[1], 2 * grids[2])
     assert [one.map_median for one in judged.held_out] == [0.0, 2.0]
     expected = torch.cat([grids[0].flatten(), grids[1][:, :1].flatten(), grids[2].flatten()])
     assert judged.energies is not None

@@ -25,11 +25,13 @@ class HeldOut(NamedTuple):
 
     Attributes:
         energies: raw patch energies of each view, (h, w). map_median: median of its map's valid pixels.
+        unbounded: as `energies`, without a bound, of a method that has such; else none.
     """
 
     key: str
     energies: tuple[Tensor, ...]
     map_median: float
+    unbounded: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -137,7 +139,8 @@ def gather_judged(left_out: Iterable[LeftOut], num_pictures: int) -> Judged:
         grids = [view.energy[0].cpu() for view in views]
         if len(judged.held_out) < MOST_HELD_OUT:
             median = float(np.median(maps[valid])) if valid.any() else 0.0
-            judged.held_out.append(HeldOut(key, tuple(grids), median))
+            unbounded = tuple(view.unbounded[0].cpu() for view in views if view.unbounded is not None)
+            judged.held_out.append(HeldOut(key, tuple(grids), median, unbounded))
         inside = [
             valid_tokens(v.valid.cpu(), (g.shape[0], g.shape[1]))[0]
             for v, g in zip(views, grids, strict=True)

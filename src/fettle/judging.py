@@ -29,7 +29,17 @@ from fettle.images.framing import Frame
 from fettle.images.loading import Loaded, load_framed
 from fettle.inspection import Refusal
 from fettle.judged import Judged, gather_judged
-from fettle.protocols import Finishes, FitRecord, LeavesOut, LeftOut, Method, Progress, Run, Trained
+from fettle.protocols import (
+    Finishes,
+    FitRecord,
+    LeavesOut,
+    LeftOut,
+    Method,
+    Progress,
+    Run,
+    Trained,
+    Unbounded,
+)
 from fettle.training import TrainingConfig, train
 
 CalibrationMode: TypeAlias = Literal["auto", "leave_one_out", "holdout", "kfold", "cross"]
@@ -311,4 +321,5 @@ def _judge_view(
     pixels = torch.from_numpy(view)[None].to(device)
     inside = torch.from_numpy(valid)[None].to(device)
     energy = method.patch_energy(pixels, inside)
-    return LeftOut(picture.key, picture.group, method(pixels, inside), inside, energy)
+    unbounded = method.unbounded_energy(pixels, inside) if isinstance(method, Unbounded) else None
+    return LeftOut(picture.key, picture.group, method(pixels, inside), inside, energy, unbounded)

@@ -295,6 +295,7 @@ class LeftOut(NamedTuple):
     maps: Maps  # of this one view, B = 1
     valid: Tensor  # (1, 1, H, W) bool
     energy: Tensor  # raw patch energies (1, h, w)
+    unbounded: Tensor | None = None  # the same without a bound, of a method that is `Unbounded`
 
 
 @runtime_checkable

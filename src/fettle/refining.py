@@ -151,6 +151,7 @@ class _Looked:
     """What one walk over good pictures found."""
 
     peaks: dict[str, float] = field(default_factory=dict)  # largest settled energy by held-out picture's key
+    unbounded: dict[str, float] = field(default_factory=dict)  # the same without a bound, where there is such
     lighter: dict[LighterName, dict[str, float]] = field(default_factory=lambda: {"blur": {}, "guided": {}})
     thumbnails: list[Tensor] = field(default_factory=list)
     owners: list[tuple[GoodPicture, int]] = field(default_factory=list)  # of each: picture, and which view
@@ -162,6 +163,8 @@ class _Looked:
         if not bool(tokens.any()):
             return
         self.peaks[one.key] = float(z[tokens].max())
+        if one.unbounded:
+            self.unbounded[one.key] = float(scale(torch.stack(list(one.unbounded)))[tokens].max())
         inside = valid[:, 0].numpy().reshape(-1, valid.shape[-1])
         maps: dict[LighterName, Tensor] = {
             "blur": light_blur(z, valid),
@@ -177,7 +180,8 @@ class _Looked:
         def own(values: Mapping[str, float]) -> dict[str, float]:
             return {key: value for key, value in values.items() if key in keys}
 
-        return _Looked(own(self.peaks), {name: own(values) for name, values in self.lighter.items()})
+        lighter = {name: own(values) for name, values in self.lighter.items()}
+        return _Looked(own(self.peaks), own(self.unbounded), lighter)
 
     def consider(self, picture: GoodPicture, views: Tensor, valid: Tensor) -> None:
         """Remember small pictures of the views that show something, as long as there are not too many."""
@@ -264,13 +268,19 @@ def _facts(judged: Judged, calibration: Calibration, looked: _Looked, floor: flo
     # Refined maps are clipped at the peak, and what the threshold marks must stay above it.
     peak = max(_PEAK * median(judged.pixel_statistics), 2 * threshold)
     return RefineFacts(
-        roi_high=max(float(np.quantile([*looked.peaks.values()], _HIGH_SHARE)), 1.0),
+        roi_high=_bound(looked.peaks),
+        roi_high_unbounded=_bound(looked.unbounded) if looked.unbounded else None,
         peak=peak if peak > 0 else _PEAK * 1e-6,
         hold=threshold,
         noise_floor=floor or None,
         flat=_is_flat(judged),
         lighter={"blur": scale_of("blur"), "guided": scale_of("guided")},
     )
+
+
+def _bound(peaks: Mapping[str, float]) -> float:
+    """What few good pictures reach."""
+    return max(float(np.quantile([*peaks.values()], _HIGH_SHARE)), 1.0)
 
 
 def _is_flat(judged: Judged) -> bool:

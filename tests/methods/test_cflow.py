@@ -505,3 +505,23 @@ def test_small_fits_of_both_presets_find_a_scratch(preset: str, tmp_path: Path) 
     with torch.no_grad():
         score = detector.method(views, all_valid(views)).score
     assert float(score[:4].min()) > float(score[4:].max())
+
+
+def test_refiners_know_the_peaks_of_energies_without_a_bound(tmp_path: Path) -> None:
+    small = {"code": 16, "blocks": 2, "fibres": 128, "epochs": None, "steps": 10, "batch": 8, "warmup": 0}
+    detector = Detector.fit(
+        write_good(tmp_path / "good", 16),
+        **{"method": "cflow", "backbone": "tiny", "weights": "random", "size": 64, "settings": small},
+    )
+    fitted = detector.for_refiners
+    assert fitted is not None and fitted.facts.roi_high_unbounded is not None
+    moved = detector.recalibrated(write_good(tmp_path / "fresh", 10, first_seed=400))
+    views = pictures(10, first=400)
+    method = moved.method
+    assert isinstance(method, Unbounded) and moved.for_refiners is not None
+    with torch.no_grad():
+        expected = method.unbounded_energy(views, all_valid(views)).flatten(1).amax(dim=1).quantile(0.9)
+    assert float(expected) > 1  # or the least bound would hide it
+    facts = moved.for_refiners.facts
+    assert facts.roi_high_unbounded == pytest.approx(float(expected), rel=1e-4)
+    assert facts.roi_high_unbounded != pytest.approx(facts.roi_high, rel=1e-2)

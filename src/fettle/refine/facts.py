@@ -29,6 +29,7 @@ class RefineFacts(BaseModel):
 
     Attributes:
         roi_high, peak, hold, noise_floor, flat: see `f2pad.GoodFacts`.
+        roi_high_unbounded: the same of energies without a bound, which F2PAD sees where the method has such.
         lighter: how less blurred maps come to the base map's unit.
         measured: False where the model was fitted without, and these are stand-ins.
     """
@@ -36,6 +37,7 @@ class RefineFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     roi_high: FiniteFloat
+    roi_high_unbounded: FiniteFloat | None = None
     peak: FiniteFloat = Field(gt=0)
     hold: FiniteFloat
     noise_floor: FiniteFloat | None = Field(default=None, gt=0)
@@ -52,7 +54,8 @@ class RefineFacts(BaseModel):
 
     def with_references(self, references: References | None) -> GoodFacts:
         """As F2PAD takes them."""
-        return GoodFacts(self.roi_high, self.peak, self.hold, self.noise_floor, references, self.flat)
+        high = self.roi_high if self.roi_high_unbounded is None else self.roi_high_unbounded
+        return GoodFacts(high, self.peak, self.hold, self.noise_floor, references, self.flat)
 
 
 def stand_in_facts(pixel_threshold: float | None) -> RefineFacts:
