@@ -173,8 +173,8 @@ def test_numbers_of_all_products_together_are_told(name: str) -> None:
         found = made(method, views, valid, base, chosen, [0, 1], products)  # type: ignore[arg-type]
         return [[n for n in one.record.notes if "all products together" in n] for one in found]
 
-    unnamed = "Refined by the numbers of all products together: no product was named."
-    other = "Refined by the numbers of all products together: 'a' has none of its own."
+    unnamed = "Numbers of all products together were used: no product was named."
+    other = "Numbers of all products together were used: 'a' has none of its own."
     assert notes([True, True], None) == [[unnamed], [unnamed]]
     assert notes([True, True], ["b", "a"]) == [[], [other]]
     assert notes([False, True], ["", ""]) == [[], [unnamed]]

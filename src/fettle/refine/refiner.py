@@ -97,7 +97,7 @@ class Refiner:
         if not self.product_facts or product in self.product_facts or record.gate_reason == "verdict_ok":
             return refined
         why = f"'{product}' has none of its own" if product else "no product was named"
-        note = f"Refined by the numbers of all products together: {why}."
+        note = f"Numbers of all products together were used: {why}."
         return refined._replace(record=record.model_copy(update={"notes": (*record.notes, note)}))
 
     def _alike(
