@@ -440,6 +440,28 @@ def test_part_of_another_kind_is_refused(saved: Path, key: str, value: Json) -> 
         Detector.load(saved)
 
 
+WRONG_BACKBONES: list[tuple[dict[str, Json], str]] = [
+    ({"side_step": {"a": 1}}, "side_step: Input should be a valid integer"),
+    ({"side_step": 0}, "its backbone cannot take"),
+    ({"side_step": 2**20}, "its backbone cannot take"),
+    ({"mean": [0.5]}, "mean"),
+    ({"std": [1, 0, 1]}, "not above 0"),
+    ({"colour": "red"}, "colour"),
+    ({"levels": [3]}, r"levels\.0"),
+    ({"levels": [{"name": "stride2", "channels": 16, "stride": 0}]}, "not above 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), WRONG_BACKBONES)
+def test_backbone_that_cannot_be_is_refused_in_one_sentence(
+    saved: Path, fields: dict[str, Json], words: str
+) -> None:
+    change(saved, lambda manifest: _content(manifest, "backbone").update(fields))
+    with pytest.raises(ModelFolderError, match=words) as error:
+        Detector.load(saved)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -10,12 +10,13 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from fettle.calibration import Calibration, RegionRules
 from fettle.datasets.open import open_dataset
 from fettle.datasets.products import open_products
 from fettle.datasets.records import Dataset, Record
-from fettle.errors import DataError, ModelFolderError, UsageError, nearest_name
+from fettle.errors import DataError, ModelFolderError, UsageError, first_failing, nearest_name
 from fettle.exported import ExportedMethod, refuse_unproven
 from fettle.fitting import FittedParts, fit_parts, make_request
 from fettle.gathering import GatheredPictures, gather_good
@@ -470,8 +471,9 @@ class Detector:
         try:
             parts = unpack(stored)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = first_failing(error) if isinstance(error, ValidationError) else error
             raise ModelFolderError(
-                f"The model {folder} is damaged: {error}.", "Fit it again, or restore it from a copy."
+                f"The model {folder} is damaged: {why}.", "Fit it again, or restore it from a copy."
             ) from error
         for method in (parts.method, *parts.fold_methods):
             cast(torch.nn.Module, method).to(device).eval()

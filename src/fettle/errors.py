@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class FettleError(Exception):
@@ -50,6 +54,29 @@ class CalibrationError(FettleError):
 
 class MetricError(FettleError):
     """Scores, maps or masks that no metric may be computed from."""
+
+
+class Failing(NamedTuple):
+    """A value that a model of the configuration or of a file refuses.
+
+    Attributes:
+        place: the field's name, dotted; empty where fields do not go together.
+        given: the value. why: what is wrong with it, without a full stop.
+    """
+
+    place: str
+    given: object
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}" if self.place else self.why
+
+
+def first_failing(error: ValidationError) -> Failing:
+    """The first of the values that were refused."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return Failing(place, first["input"], first["msg"].removeprefix("Value error, "))
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

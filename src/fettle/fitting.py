@@ -21,7 +21,7 @@ from fettle.calibration import needed_pictures
 from fettle.datasets.folder import folder_name
 from fettle.datasets.products import product_notes
 from fettle.datasets.records import Dataset
-from fettle.errors import UsageError, nearest_name
+from fettle.errors import UsageError, first_failing, nearest_name
 from fettle.gathering import gather_good
 from fettle.images.decode import read_mask
 from fettle.images.framing import Frame, FrameMode, Resample, RoiMask, choose_frame
@@ -128,11 +128,8 @@ def make_request(settings: Mapping[str, object]) -> FitRequest:
     try:
         request = FitRequest.model_validate(dict(settings))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"The setting '{place}' cannot be {first['input']!r}: {first['msg']}.", "Correct it."
-        ) from error
+        place, given, why = first_failing(error)
+        raise UsageError(f"The setting '{place}' cannot be {given!r}: {why}.", "Correct it.") from error
     check_device(request.device)
     return request
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from fettle.backbones import registry as backbones
@@ -17,7 +18,7 @@ from fettle.images.framing import Frame
 from fettle.judged import Calibrations
 from fettle.methods.registry import find_method
 from fettle.model_folder import StoredModel
-from fettle.protocols import BackboneSpec, Json, Level, Method
+from fettle.protocols import BackboneSpec, Json, Method
 from fettle.refine.facts import RefineFacts
 from fettle.refine.references import References
 from fettle.refining import ForRefiners
@@ -71,10 +72,10 @@ def unpack(stored: StoredModel) -> FittedParts:
     method_class = find_method(str(content["method"]))
     config = method_class.Config.model_validate(content["config"])
     levels = tuple(cast("list[str]", content["levels"]))
-    spec = _backbone_spec(cast("dict[str, object]", content["backbone"]))
+    frame = Frame.model_validate(content["frame"])
+    spec = _backbone_spec(content["backbone"], frame)
     if not all(spec.level(name) for name in levels):
         raise ValueError(f"its backbone has no levels {levels}")
-    frame = Frame.model_validate(content["frame"])
     calibration = Calibration.model_validate(content["calibration"])
     by_product = {
         name: Calibration.model_validate(own)
@@ -164,7 +165,12 @@ def load_learnt(method: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
 
 
-def _backbone_spec(fields: Mapping[str, object]) -> BackboneSpec:
-    levels = tuple(Level(**level) for level in cast("list[dict[str, object]]", fields["levels"]))  # type: ignore[arg-type]  # checked by use
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "levels"}
-    return BackboneSpec(levels=levels, **rest)  # type: ignore[arg-type]  # a wrong field raises TypeError
+def _backbone_spec(fields: Json, frame: Frame) -> BackboneSpec:
+    """A stored backbone's description, which the stored frame must fit."""
+    spec = TypeAdapter(BackboneSpec).validate_python(fields)
+    step = spec.side_step
+    if step < 1 or frame.height % step or frame.width % step:
+        raise ValueError(f"its backbone cannot take {frame.height} x {frame.width} px")
+    if not min(spec.std) > 0 or any(min(level.channels, level.stride) < 1 for level in spec.levels):
+        raise ValueError("its backbone's channels, strides or std are not above 0")
+    return spec

@@ -20,6 +20,8 @@ Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | Non
 class Level:
     """One feature level of a backbone: its name, channels, and stride in picture px."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for one read from a file
+
     name: str
     channels: int
     stride: int
@@ -38,6 +40,8 @@ class BackboneSpec:
         side_step: picture sides must be multiples of it (32; 14 for a patch-14 ViT).
         mean, std: normalisation of an RGB picture in 0..1, done inside the backbone.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for one read from a file
 
     id: str
     sha256: str

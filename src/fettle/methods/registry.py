@@ -8,7 +8,7 @@ from typing import cast
 
 from pydantic import BaseModel, ValidationError
 
-from fettle.errors import ConfigError, UsageError, nearest_name
+from fettle.errors import ConfigError, UsageError, first_failing, nearest_name
 from fettle.protocols import Method
 
 _HOME = {
@@ -54,15 +54,13 @@ def make_config(method: type[Method], preset: str, settings: dict[str, object]) 
     try:
         return type(config).model_validate({**config.model_dump(), **settings})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if not place:  # fields that do not go together
-            what = first["msg"].removeprefix("Value error, ")
+        place, given, why = first_failing(error)
+        if not place:
             raise ConfigError(
-                f"Method '{method.name}': {what}.", "Correct what was given with --set."
+                f"Method '{method.name}': {why}.", "Correct what was given with --set."
             ) from error
         raise ConfigError(
-            f"Field '{place}' of method '{method.name}' cannot be {first['input']!r}: {first['msg']}.",
+            f"Field '{place}' of method '{method.name}' cannot be {given!r}: {why}.",
             "Correct the value given with --set.",
         ) from error
 

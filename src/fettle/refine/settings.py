@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fettle.errors import ConfigError, UsageError, nearest_name
+from fettle.errors import ConfigError, UsageError, first_failing, nearest_name
 
 _SIDE = 256  # the framed side, px, at which lengths are given
 
@@ -150,10 +150,8 @@ def make_f2pad_config(preset: str, settings: Mapping[str, object]) -> F2PADConfi
     try:
         return F2PADConfig.model_validate({**PRESETS[preset].model_dump(), **settings})
     except ValidationError as error:
-        first = error.errors()[0]
-        what = first["msg"].removeprefix("Value error, ")
-        place = ".".join(str(part) for part in first["loc"])
-        named = f"Field '{place}' of F2PAD cannot be {first['input']!r}: {what}." if place else f"{what}."
+        place, given, why = first_failing(error)
+        named = f"Field '{place}' of F2PAD cannot be {given!r}: {why}." if place else f"{why}."
         raise ConfigError(named, "Correct it; lists are written [1,2], and no value is null.") from error
 
 
